@@ -1,0 +1,44 @@
+# Each command is enough on a machine with Python 3.11 or newer, make and a C++ compiler: set-up hides behind a stamp.
+#   make run     the whole chain (PARAMS=params/smoke.yml, ARGS="--from 03", ARGS=--dry-run)
+#   make test    the tests (PYTEST="-k resume -x")
+#   make lab     JupyterLab with a kernel that imports erlib
+SHELL := bash
+PYTHON ?= python3
+PARAMS ?= params/default.yml
+ARGS ?=
+PYTEST ?=
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+# This environment's kernel, not one of the user's; hub look-ups and telemetry off, as the runner has it.
+export JUPYTER_PREFER_ENV_PATH := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export LITELLM_LOCAL_MODEL_COST_MAP := True
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: run test lab
+run: $(STAMP)
+	$(VENV)/bin/python -m erlib run $(PARAMS) $(ARGS)
+
+# Tests run kernels beside pytest; two OpenMP teams on the same cores wait for each other in spinning barriers.
+test: export OMP_NUM_THREADS ?= 1
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest -q -m "not slow" $(PYTEST)
+
+lab: $(STAMP)
+	$(VENV)/bin/jupyter lab --ServerApp.root_dir=.
+
+# Written only after success, so that an interrupted set-up goes on with the next command.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, and \
+	'$(PYTHON)' is not: sudo apt-get install python3.11, then: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Python's venv module is missing: \
+	sudo apt-get install $$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"; exit 1; }
+	@command -v c++ >/dev/null || { echo "A C++ compiler is missing (annoy is built from source): \
+	sudo apt-get install g++"; exit 1; }
+	@$(PYTHON) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || \
+	{ echo "Python's C headers are missing (annoy is built from source): sudo apt-get install \
+	$$($(PYTHON) -c 'import sys; print("python%d.%d-dev" % sys.version_info[:2])')"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,452 @@
+"""Local language models: load, generate, log-probabilities, merge adapters, and serve DSPy.
+
+`generate` is its own decoding loop instead of `model.generate`, because
+
+1. a model's generation_config can bring back top-k, top-p or penalties silently; here there is nothing to bring back,
+2. the beginning that all prompts of a batch share (instructions, exemplars) is computed once,
+3. finished rows leave the batch, and
+4. a sample depends on the seed and the position of its prompt, not on its neighbours in the batch.
+"""
+
+import hashlib
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from . import prompts as prompts_
+
+if TYPE_CHECKING:
+    from dspy.lm15 import Request, Response
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = Path(__file__).parent / "assets" / "base_model"
+BLANK_LINE = "\n\n"
+Prompt = str | list[int]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+# -- load ---------------------------------------------------------------------------------------------------------
+
+
+def load(
+    name_or_path: str | Path, *, dtype: str = "float32", device: str = "auto", allow_download: bool = False
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load a causal LM in evaluation mode and its tokenizer: `embedded`, a local folder, or a hub name.
+
+    The tokenizer pads on the left, reads the text of special tokens as text, and has a padding token that is not the
+    end token. Raises FileNotFoundError for a hub name that is not in the local cache, unless `allow_download`.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = str(EMBEDDED if name_or_path == "embedded" else name_or_path)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not allow_download, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(
+            name, local_files_only=not allow_download, dtype=getattr(torch, dtype), use_safetensors=True
+        )
+    except OSError as error:
+        mend = "set allow_download to fetch it from the hub, or name a folder with config.json and model.safetensors"
+        raise FileNotFoundError(f"model {name!r} cannot be loaded: {mend} ({error})") from error
+    tokenizer.split_special_tokens = True
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token
+    return model.to(device).eval(), tokenizer
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode before it comes back, also after an error."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+# -- prompts to token ids -----------------------------------------------------------------------------------------
+
+
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
+    """Token ids of a prompt, with the start token where the tokenizer adds one; ids pass through."""
+    if not isinstance(prompt, str):
+        return list(prompt)
+    return tokenizer(prompt, split_special_tokens=True)["input_ids"]
+
+
+def encode_completion(tokenizer: "PreTrainedTokenizerBase", completion: Prompt) -> list[int]:
+    """Token ids of a completion and the end token; ids pass through."""
+    if not isinstance(completion, str):
+        return list(completion)
+    ids = tokenizer(completion, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [*ids, tokenizer.eos_token_id]
+
+
+def encode_messages(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, str]]) -> list[int]:
+    """Token ids of chat messages: by the tokenizer's chat template, or by `prompts.flatten` where there is none.
+
+    The template's own text may become special tokens, the contents never do.
+    """
+    if not tokenizer.chat_template:
+        return encode_prompt(tokenizer, prompts_.flatten(messages))
+    marks = [f"\x00{index}\x00" for index in range(len(messages))]
+    marked = [message | {"content": mark} for message, mark in zip(messages, marks, strict=True)]
+    rest = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
+    ids: list[int] = []
+    for message, mark in zip(messages, marks, strict=True):
+        before, rest = rest.split(mark, 1)
+        ids += tokenizer(before, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+        ids += tokenizer(message["content"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return ids + tokenizer(rest, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+
+
+# -- generate -----------------------------------------------------------------------------------------------------
+
+
+class Completion(NamedTuple):
+    """What a model wrote: `text` without the stop, `ids` with it; `finished` is False when it ran out of tokens."""
+
+    text: str
+    ids: tuple[int, ...]
+    n_prompt_tokens: int
+    finished: bool
+
+    @property
+    def n_new_tokens(self) -> int:
+        return len(self.ids)
+
+
+def generate(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop: Sequence[str] = (BLANK_LINE,),
+) -> list[Completion]:
+    """Complete every prompt, greedily or by sampling softmax(logits / temperature), until the end token or a stop.
+
+    Results keep the order of the prompts. Raises ValueError when a prompt and `max_new_tokens` exceed the context.
+    """
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    limit = getattr(model.config, "max_position_embeddings", None)
+    for index, ids in enumerate(encoded):
+        if limit and len(ids) + max_new_tokens > limit:
+            raise ValueError(
+                f"prompt {index} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} it exceeds the model's "
+                f"context of {limit}: shorten the document or the prompt"
+            )
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+    completions: dict[int, Completion] = {}
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            uniform = None
+            if temperature > 0:
+                draws = [np.random.default_rng([seed, index]).random(max_new_tokens) for index in rows]
+                uniform = torch.tensor(np.array(draws), device=model.device)
+            new = _decode(
+                model,
+                tokenizer,
+                [encoded[index] for index in rows],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                uniform=uniform,
+                stop=tuple(stop),
+            )
+            for index, (ids, finished) in zip(rows, new, strict=True):
+                text = _text(tokenizer, ids, stop)
+                completions[index] = Completion(text, tuple(ids), len(encoded[index]), finished)
+    return [completions[index] for index in range(len(prompts))]
+
+
+def _decode(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    batch: list[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    uniform: torch.Tensor | None,
+    stop: tuple[str, ...],
+) -> list[tuple[list[int], bool]]:
+    """Complete one batch: new ids of each row, and whether it finished; sampling follows `uniform` (B, steps)."""
+    logits, cache, mask = _prefill(model, tokenizer, batch)
+    new: list[list[int]] = [[] for _ in batch]
+    finished = [False] * len(batch)
+    rows = list(range(len(batch)))  # the row of the batch that each line of the cache belongs to
+    for step in range(max_new_tokens):
+        chosen = _choose(logits, temperature, None if uniform is None else uniform[rows, step])
+        for row, token in zip(rows, chosen.tolist(), strict=True):
+            if not finished[row]:
+                new[row].append(token)
+                finished[row] = token == tokenizer.eos_token_id or _stopped(tokenizer, new[row], stop)
+        going = [line for line, row in enumerate(rows) if not finished[row]]
+        if not going or step == max_new_tokens - 1:
+            break
+        if len(going) <= 0.75 * len(rows):  # dropping rows copies the cache: not worth it for a few
+            keep = torch.tensor(going, device=chosen.device)
+            rows, chosen, mask = [rows[line] for line in going], chosen[keep], mask[keep]
+            cache.batch_select_indices(keep)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        position = mask.sum(dim=1, keepdim=True) - 1
+        logits = model(
+            input_ids=chosen[:, None], attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
+        ).logits[:, -1]
+    return list(zip(new, finished, strict=True))
+
+
+def _prefill(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch: list[list[int]]
+) -> "tuple[torch.Tensor, DynamicCache, torch.Tensor]":
+    """Read the prompts, their common beginning once: next-token logits (B, V), cache, attention mask (B, T)."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    shared = min(len(os.path.commonprefix(batch)), min(map(len, batch)) - 1)
+    if shared:
+        prefix = torch.tensor([batch[0][:shared]], device=model.device)
+        model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(batch))
+    width = max(map(len, batch)) - shared
+    padding = [width - len(ids) + shared for ids in batch]
+    ids = [[tokenizer.pad_token_id] * n + ids[shared:] for n, ids in zip(padding, batch, strict=True)]
+    mask = [[1] * shared + [0] * n + [1] * (width - n) for n in padding]
+    ids, mask = torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, shared:]
+    output = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1], cache, mask
+
+
+def _choose(logits: torch.Tensor, temperature: float, uniform: torch.Tensor | None) -> torch.Tensor:
+    """Next token of each row (B,): the largest logit, or the inverse of the distribution function at `uniform` (B,)."""
+    if uniform is None:
+        return logits.argmax(dim=-1)
+    distribution = torch.softmax(logits.double() / temperature, dim=-1).cumsum(dim=-1)
+    chosen = torch.searchsorted(distribution, (uniform * distribution[:, -1])[:, None], right=True).squeeze(1)
+    return chosen.clamp(max=logits.shape[-1] - 1)
+
+
+def _stopped(tokenizer: "PreTrainedTokenizerBase", ids: list[int], stop: tuple[str, ...]) -> bool:
+    if not stop:
+        return False
+    tail = tokenizer.decode(ids[-max(len(text.encode()) for text in stop) :])  # a token is at least one byte
+    return any(text in tail for text in stop)
+
+
+def _text(tokenizer: "PreTrainedTokenizerBase", ids: list[int], stop: Sequence[str]) -> str:
+    text = tokenizer.decode(ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids)
+    return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
+
+
+# -- log-probabilities --------------------------------------------------------------------------------------------
+
+
+def completion_logprobs(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Prompt],
+    completions: Sequence[Prompt],
+    *,
+    batch_size: int = 32,
+    temperature: float = 1.0,
+) -> list[torch.Tensor]:
+    """Log-probability of each completion token under softmax(logits / temperature): one float32 tensor (n,) each.
+
+    A completion given as text gets the end token; given as ids (`Completion.ids`) it is taken as it is. The joint
+    log-probability is the sum.
+    """
+    pairs = [
+        (encode_prompt(tokenizer, prompt), encode_completion(tokenizer, completion))
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    order = sorted(range(len(pairs)), key=lambda index: sum(map(len, pairs[index])))
+    found: dict[int, torch.Tensor] = {}
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            width = max(sum(map(len, pairs[index])) for index in rows)
+            ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+            mask = torch.zeros_like(ids)
+            for line, index in enumerate(rows):
+                sequence = [*pairs[index][0], *pairs[index][1]]
+                ids[line, : len(sequence)] = torch.tensor(sequence)
+                mask[line, : len(sequence)] = 1
+            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+            for line, index in enumerate(rows):
+                begin, n = len(pairs[index][0]), len(pairs[index][1])
+                logprobs = torch.log_softmax(logits[line, begin - 1 : begin - 1 + n].float() / temperature, dim=-1)
+                target = ids[line, begin : begin + n].to(model.device)
+                found[index] = logprobs.gather(1, target[:, None]).squeeze(1).cpu()
+    return [found[index] for index in range(len(pairs))]
+
+
+# -- merged checkpoints -------------------------------------------------------------------------------------------
+
+MERGE_RECORD = "merge.json"
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over names and bytes of the safetensors files in a folder; raises FileNotFoundError when it has none."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no safetensors weights")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def merge_adapter(base: str | Path, adapter: Path, out: Path, *, allow_download: bool = False) -> str:
+    """Add a LoRA adapter to its base at full precision (fp32), save model and tokenizer in `out`, give its fingerprint.
+
+    `out/merge.json`, written last, records where the weights come from; `require_merged` checks it.
+    """
+    from peft import PeftModel
+
+    model, tokenizer = load(base, dtype="float32", device="cpu", allow_download=allow_download)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(f"{base} is quantised: an adapter is merged into the full-precision base only")
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    out.mkdir(parents=True, exist_ok=True)
+    merged.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    record = {"merged": fingerprint(out), "adapter": fingerprint(adapter), "precision": "float32"}
+    (out / MERGE_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record["merged"]
+
+
+def require_merged(folder: Path, *, expected: str | None = None) -> str:
+    """Fingerprint of a merged checkpoint; raises ValueError for anything else, or for another than `expected`."""
+    record = Path(folder) / MERGE_RECORD
+    if not record.is_file():
+        raise ValueError(f"{folder} is not a merged checkpoint (no {MERGE_RECORD}): take the folder that 03_sft wrote")
+    stated, found = json.loads(record.read_text(encoding="utf-8"))["merged"], fingerprint(Path(folder))
+    if found != stated:
+        raise ValueError(f"{folder}: the weights changed after the merge ({found[:12]}, not {stated[:12]})")
+    if expected not in (None, found):
+        raise ValueError(f"{folder} is checkpoint {found[:12]}, not {expected[:12]}: use one 03_sft throughout")
+    return found
+
+
+# -- DSPy ---------------------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """A DSPy engine over a local LM that answers concurrent requests in batches.
+
+    Use it as `dspy.LM("local", engine=Engine(model, tokenizer), cache=False)`, because DSPy's cache knows the name, not
+    the weights. One caller at a time leads: it waits a moment for others, then generates for all that wait alike.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        max_new_tokens: int = 512,
+        batch_size: int = 32,
+        wait_seconds: float = 0.02,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.max_new_tokens, self.batch_size, self.wait_seconds = max_new_tokens, batch_size, wait_seconds
+        self._waiting: list[tuple[Request, Future[Response]]] = []
+        self._list, self._lead = threading.Lock(), threading.Lock()
+
+    def complete(self, request: "Request") -> "Response":
+        """Answer one request; blocks until the batch that it joined is done."""
+        future: Future[Response] = Future()
+        with self._list:
+            self._waiting.append((request, future))
+        while not future.done():
+            with self._lead:
+                if not future.done():
+                    time.sleep(self.wait_seconds)
+                    self._answer(self._take())
+        return future.result()
+
+    def _take(self) -> "list[tuple[Request, Future[Response]]]":
+        """Take the oldest request and those that want the same settings."""
+        with self._list:
+            first = self._settings(self._waiting[0][0])
+            alike = [item for item in self._waiting if self._settings(item[0]) == first]
+            others = [item for item in self._waiting if self._settings(item[0]) != first]
+            self._waiting = alike[self.batch_size :] + others
+        return alike[: self.batch_size]
+
+    def _settings(self, request: "Request") -> tuple:
+        config = request.config
+        limit = config.max_tokens or self.max_new_tokens
+        return limit, config.temperature or 0.0, config.seed or 0, tuple(config.stop) or (BLANK_LINE,)
+
+    def _answer(self, batch: "list[tuple[Request, Future[Response]]]") -> None:
+        limit, temperature, seed, stop = self._settings(batch[0][0])
+        try:
+            completions = generate(
+                self.model,
+                self.tokenizer,
+                [encode_messages(self.tokenizer, _messages(request)) for request, _ in batch],
+                max_new_tokens=limit,
+                batch_size=self.batch_size,
+                temperature=temperature,
+                seed=seed,
+                stop=stop,
+            )
+        except Exception as error:  # every caller of the batch must hear of it
+            for _, future in batch:
+                future.set_exception(error)
+            return
+        for (request, future), completion in zip(batch, completions, strict=True):
+            future.set_result(_response(request, completion))
+
+
+def _messages(request: "Request") -> list[dict[str, str]]:
+    system = [{"role": "system", "content": _content(request.system)}] if request.system else []
+    return system + [{"role": message.role, "content": _content(message.parts)} for message in request.messages]
+
+
+def _content(parts: "str | Sequence") -> str:
+    return parts if isinstance(parts, str) else "".join(part.text for part in parts)
+
+
+def _response(request: "Request", completion: Completion) -> "Response":
+    from dspy.lm15 import Message, Response, Usage
+
+    return Response(
+        id=None,
+        model=request.model,
+        message=Message.assistant(completion.text or " "),  # DSPy raises on an empty answer before it is parsed
+        finish_reason="stop" if completion.finished else "length",
+        usage=Usage(input_tokens=completion.n_prompt_tokens, output_tokens=completion.n_new_tokens),
+    )

@@ -1,0 +1,392 @@
+"""Records that every phase exchanges, and the two text forms of a report.
+
+A `Report` is what a model extracts from one `Document`: entities, each with a short summary, and relationships between
+them. It is written as JSON (frontier LM, files) or in a compact line form (local LM, fewer tokens):
+
+    Name|type|summary            one line an entity; the last field is left out when the summary is empty
+    >relationship|Target         one line a relationship, below the entity it starts from
+    none                         the report of a document with nothing to find
+
+Both forms round-trip without loss. `parse_compact` and `parse_json` are total: any text gives a report and the list of
+its defects, because model output is untrusted.
+"""
+
+import json
+import re
+from collections import Counter
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+
+def _encodable(value: str) -> str:
+    """Refuse lone surrogates: they cannot be written as UTF-8 and crash tokenizers."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"lone surrogate at character {error.start}") from None
+    return value
+
+
+def _filled(value: str) -> str:
+    if not value:
+        raise ValueError("must not be empty")
+    return value
+
+
+# pydantic strips fewer characters than `str.strip`, which the parsers use; the round trip needs one rule for both.
+Text = Annotated[str, AfterValidator(_encodable), AfterValidator(str.strip)]
+Name = Annotated[Text, AfterValidator(_filled)]
+
+EMPTY = "none"
+_STRICT = ConfigDict(extra="forbid", frozen=True)
+
+
+class Document(BaseModel):
+    """One cleaned document; `group` names the story or component that must stay on one side of a split."""
+
+    model_config = _STRICT
+    id: Name
+    text: Annotated[str, AfterValidator(_encodable), AfterValidator(_filled)]
+    date: str | None = None
+    source: str | None = None
+    group: str | None = None
+
+
+class Entity(BaseModel):
+    """A named thing as the document writes it; `summary` holds its salient facts, separated by `; `."""
+
+    model_config = _STRICT
+    name: Name
+    type: Name
+    summary: Text = ""
+
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """The salient facts: the clauses of the summary."""
+        return tuple(clause for part in self.summary.split(";") if (clause := part.strip()))
+
+
+class Relationship(BaseModel):
+    """A directed relationship between two entities of the same report, by name."""
+
+    model_config = _STRICT
+    source: Name
+    target: Name
+    type: Name
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.source, self.type, self.target
+
+
+class Report(BaseModel):
+    """Entities and relationships of one document, in canonical order.
+
+    Entity names are unique; both ends of a relationship are entities of the report; relationships are unique and
+    ordered by the position of their source (a stable sort), which is the order of the compact form.
+    """
+
+    model_config = _STRICT
+    entities: tuple[Entity, ...] = ()
+    relationships: tuple[Relationship, ...] = ()
+
+    @model_validator(mode="after")
+    def _canonical(self) -> "Report":
+        position = {entity.name: index for index, entity in enumerate(self.entities)}
+        if len(position) < len(self.entities):
+            repeated = [name for name, n in Counter(e.name for e in self.entities).items() if n > 1]
+            raise ValueError(f"entity names must be unique; repeated: {repeated}")
+        for relationship in self.relationships:
+            for end in (relationship.source, relationship.target):
+                if end not in position:
+                    raise ValueError(f"relationship end {end!r} is not an entity of the report")
+        if len({r.key for r in self.relationships}) < len(self.relationships):
+            raise ValueError("relationships must be unique")
+        ordered = tuple(sorted(self.relationships, key=lambda r: position[r.source]))
+        if ordered != self.relationships:
+            object.__setattr__(self, "relationships", ordered)
+        return self
+
+
+class Exemplar(BaseModel):
+    """A document with its hand-corrected report; `split` names the part it is kept for, such as `fresh`."""
+
+    model_config = _STRICT
+    document: Document
+    report: Report
+    split: Name | None = None
+
+
+class Kind(BaseModel):
+    """One kind of entity or relationship that the client wants, or does not want, reported."""
+
+    model_config = _STRICT
+    type: Annotated[str, StringConstraints(pattern=r"^\w([\w .-]*\w)?$")]
+    description: Name
+    example: Name
+    wanted: bool = True
+    source: Name | None = None
+    target: Name | None = None
+    symmetric: bool = False
+
+
+class Brief(BaseModel):
+    """The client's brief: what to report, what to leave out, and how to write summaries."""
+
+    model_config = _STRICT
+    client: Name
+    purpose: Name
+    summaries: Name
+    entities: tuple[Kind, ...] = Field(min_length=1)
+    relationships: tuple[Kind, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Brief":
+        for name, kinds in (("entities", self.entities), ("relationships", self.relationships)):
+            wanted = Counter(kind.type for kind in kinds if kind.wanted)
+            if not wanted:
+                raise ValueError(f"{name}: at least one kind must be wanted")
+            if repeated := [kind for kind, n in wanted.items() if n > 1]:
+                raise ValueError(f"{name}: each wanted type is stated once; repeated: {repeated}")
+        known = {kind.type for kind in self.entities}
+        for kind in self.relationships:
+            if unknown := {kind.source, kind.target} - known - {None}:
+                raise ValueError(f"relationships: an end of {kind.type!r} is no entity type: {sorted(unknown)}")
+        return self
+
+    @property
+    def entity_types(self) -> frozenset[str]:
+        return frozenset(kind.type for kind in self.entities if kind.wanted)
+
+    @property
+    def relationship_types(self) -> frozenset[str]:
+        return frozenset(kind.type for kind in self.relationships if kind.wanted)
+
+    @property
+    def symmetric_types(self) -> frozenset[str]:
+        return frozenset(kind.type for kind in self.relationships if kind.symmetric)
+
+
+class Defect(NamedTuple):
+    """One fault found in model output; `detail` quotes the offending text."""
+
+    kind: Literal["unparsable", "unknown_type", "missing_entity", "duplicate", "ungrounded"]
+    detail: str
+
+
+class Parsed(NamedTuple):
+    """What could be read from model output: a valid report and the defects that were met on the way."""
+
+    report: Report
+    defects: tuple[Defect, ...]
+
+    @property
+    def valid(self) -> bool:
+        """True when nothing was unparsable: the parse-valid rate counts these."""
+        return not any(defect.kind == "unparsable" for defect in self.defects)
+
+
+# -- compact form -------------------------------------------------------------------------------------------------
+
+_ESCAPES = {"\\": "\\\\", "|": "\\|", "\n": "\\n", "\r": "\\r"}
+_UNESCAPES = {"\\": "\\", "|": "|", "n": "\n", "r": "\r", ">": ">"}
+
+
+def _escape(field: str) -> str:
+    return "".join(_ESCAPES.get(character, character) for character in field)
+
+
+def _fields(line: str) -> list[str]:
+    """Split a line at unescaped bars and undo the escapes; an unknown escape keeps its backslash."""
+    fields, current, characters = [], [], iter(line)
+    for character in characters:
+        if character == "|":
+            fields.append("".join(current))
+            current = []
+        elif character == "\\":
+            following = next(characters, "")
+            current.append(_UNESCAPES.get(following, "\\" + following))
+        else:
+            current.append(character)
+    return [*fields, "".join(current)]
+
+
+def to_compact(report: Report) -> str:
+    """Write a report in the compact line form."""
+    if not report.entities:
+        return EMPTY
+    below: dict[str, list[str]] = {}
+    for relationship in report.relationships:
+        line = f">{_escape(relationship.type)}|{_escape(relationship.target)}"
+        below.setdefault(relationship.source, []).append(line)
+    lines = []
+    for entity in report.entities:
+        name = _escape(entity.name)
+        line = ("\\" + name if name.startswith(">") else name) + "|" + _escape(entity.type)
+        lines.append(f"{line}|{_escape(entity.summary)}" if entity.summary else line)
+        lines += below.get(entity.name, [])
+    return "\n".join(lines)
+
+
+def parse_compact(text: str, *, brief: Brief | None = None, document: str | None = None) -> Parsed:
+    """Read any text as a compact report; see `collect` for the defects."""
+    entities: list[tuple[str, str, str]] = []
+    relationships: list[tuple[str, str, str]] = []
+    unparsable: list[str] = []
+    source = ""  # the entity that relationship lines belong to; empty below a line that could not be read
+    lines = [stripped for line in text.split("\n") if (stripped := line.strip())]
+    for line in lines if lines != [EMPTY] else []:
+        related = line.startswith(">")
+        fields = [field.strip() for field in _fields(line[1:] if related else line)]
+        if related and source and len(fields) == 2 and all(fields):
+            relationships.append((source, fields[0], fields[1]))
+        elif not related and len(fields) in (2, 3) and all(fields[:2]):
+            entities.append((fields[0], fields[1], fields[2] if len(fields) == 3 else ""))
+            source = fields[0]
+        else:
+            unparsable.append(line)
+            source = source if related else ""
+    if not lines:
+        unparsable.append(text)
+    return collect(entities, relationships, unparsable, brief=brief, document=document)
+
+
+# -- JSON form ----------------------------------------------------------------------------------------------------
+
+
+def to_json(report: Report) -> str:
+    """Write a report as one line of JSON, in the order and with the keys of the schema."""
+    return json.dumps(report.model_dump(), ensure_ascii=False, separators=(", ", ": "))
+
+
+_KEYS = ("entities", "relationships")
+_OPENING = re.compile(r'\{\s*"(?:entities|relationships)"\s*:')
+_BETWEEN_ITEMS = re.compile(r"\s*,?\s*")
+
+
+def parse_json(text: str, *, brief: Brief | None = None, document: str | None = None) -> Parsed:
+    """Read any text as a JSON report: the first object that opens with a key of the schema counts.
+
+    Code fences and chatter around it are skipped. Of broken JSON (cut off by a token limit, say) the complete items are
+    kept and the text is listed as unparsable.
+    """
+    opening = _OPENING.search(text)
+    body = text[opening.start() :] if opening else text
+    unparsable: list[str] = []
+    try:
+        found, _ = _DECODER.raw_decode(body) if opening else ({}, 0)
+        if "entities" not in found:
+            unparsable.append(body)
+        unparsable += [_dump({key: value}) for key, value in found.items() if key not in _KEYS]
+    except (ValueError, RecursionError):
+        found = {key: _complete_items(body, key) for key in _KEYS}
+        unparsable.append(body)
+    entities = _rows(found, "entities", Entity, ("name", "type", "summary"), unparsable)
+    relationships = _rows(found, "relationships", Relationship, ("source", "type", "target"), unparsable)
+    return collect(entities, relationships, unparsable, brief=brief, document=document)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse an object that says a key twice: Python would keep the last value without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("duplicate key")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _complete_items(body: str, key: str) -> list[Any]:
+    """The items of the list under `key` that can be read before the text breaks off or turns wrong."""
+    items: list[Any] = []
+    opening = re.search(rf'"{key}"\s*:\s*\[\s*', body)
+    position = opening.end() if opening else len(body)
+    while position < len(body):
+        try:
+            item, position = _DECODER.raw_decode(body, position)
+        except (ValueError, RecursionError):
+            break
+        items.append(item)
+        position = _BETWEEN_ITEMS.match(body, position).end()
+    return items
+
+
+def _rows(
+    found: dict[str, Any], key: str, record: type[BaseModel], columns: tuple[str, str, str], unparsable: list[str]
+) -> list[tuple[str, str, str]]:
+    """Read the items under `key` as rows; what is not a `record` goes to `unparsable`."""
+    rows = []
+    items = found.get(key, [])
+    for item in items if isinstance(items, list) else [items]:
+        try:
+            fields = record.model_validate(item)
+            rows.append(tuple(getattr(fields, column) for column in columns))
+        except ValidationError:
+            unparsable.append(_dump(item))
+    return rows
+
+
+def _dump(item: Any) -> str:
+    try:
+        return json.dumps(item, ensure_ascii=False)
+    except RecursionError:
+        return "(nested too deeply)"
+
+
+def collect(
+    entities: list[tuple[str, str, str]],
+    relationships: list[tuple[str, str, str]],
+    unparsable: list[str],
+    *,
+    brief: Brief | None,
+    document: str | None,
+) -> Parsed:
+    """Build the report from raw `(name, type, summary)` and `(source, type, target)` rows, and list the defects.
+
+    Left out of the report: unparsable text, lone surrogates, duplicates (the first one stays), relationships with a
+    missing end. Kept but listed: types that the brief does not name (wanted or not), and names that do not occur in the
+    document. A defect quotes at most 500 characters.
+    """
+    defects = [Defect("unparsable", line) for line in unparsable]
+    known_entities = {kind.type for kind in brief.entities} if brief else None
+    known_relationships = {kind.type for kind in brief.relationships} if brief else None
+    kept: dict[str, Entity] = {}
+    for name, kind, summary in entities:
+        try:
+            entity = Entity(name=name, type=kind, summary=summary)
+        except ValidationError:
+            defects.append(Defect("unparsable", "|".join((name, kind, summary))))
+            continue
+        if entity.name in kept:
+            defects.append(Defect("duplicate", entity.name))
+            continue
+        kept[entity.name] = entity
+        if known_entities is not None and entity.type not in known_entities:
+            defects.append(Defect("unknown_type", entity.type))
+        if document is not None and entity.name not in document:
+            defects.append(Defect("ungrounded", entity.name))
+    linked: dict[tuple[str, str, str], Relationship] = {}
+    for source, kind, target in relationships:
+        try:
+            relationship = Relationship(source=source, type=kind, target=target)
+        except ValidationError:
+            defects.append(Defect("unparsable", "|".join((source, kind, target))))
+            continue
+        missing = [end for end in (relationship.source, relationship.target) if end not in kept]
+        if missing:
+            defects.append(Defect("missing_entity", missing[0]))
+        elif relationship.key in linked:
+            defects.append(Defect("duplicate", " ".join(relationship.key)))
+        else:
+            linked[relationship.key] = relationship
+            if known_relationships is not None and relationship.type not in known_relationships:
+                defects.append(Defect("unknown_type", relationship.type))
+    report = Report(entities=tuple(kept.values()), relationships=tuple(linked.values()))
+    return Parsed(report, tuple(Defect(defect.kind, _quote(defect.detail)) for defect in defects))
+
+
+def _quote(text: str, limit: int = 500) -> str:
+    """The start of a text, with lone surrogates written out, so that a defect can always be saved as UTF-8."""
+    return text[:limit].encode("utf-8", "backslashreplace").decode()

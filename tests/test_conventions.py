@@ -1,0 +1,230 @@
+"""What notebooks, modules, params files and packaging keep to, so that a reader finds the same shape everywhere."""
+
+import ast
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from erlib.manifest import PACKAGE, ROOT, parameters
+from erlib.plan import check_params, discover, skipped
+
+# A module imports only modules to its left. `plots` turns DataFrames into figures and knows no other module.
+IMPORT_ORDER = [
+    *("manifest", "run", "report", "plan", "runner"),
+    *("schema", "metrics", "corpus", "posts", "synthetic", "simulated"),
+    *("prompts", "exemplars", "teacher", "diversity"),
+    *("models", "pretrain", "sft"),
+    *("plots", "__main__"),
+]
+NEEDS_TORCH = {"models", "pretrain", "sft"}
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MODULES = sorted(PACKAGE.glob("*.py"))
+PARAMS = sorted(path for path in (ROOT / "params").glob("*.yml") if path.name != "brief.yml")
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PINS = {
+    canonicalize_name(name): version
+    for name, version in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
+}
+
+
+def stem(path: Path) -> str:
+    return path.stem
+
+
+def cells(notebook: Path) -> list[dict]:
+    return [cell | {"source": "".join(cell["source"])} for cell in json.loads(notebook.read_text())["cells"]]
+
+
+def code_cells(notebook: Path) -> list[dict]:
+    return [cell for cell in cells(notebook) if cell["cell_type"] == "code"]
+
+
+def plain(source: str) -> str:
+    """A cell's source without IPython's magics, so that it parses."""
+    return "\n".join("pass" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines())
+
+
+# -- notebooks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=stem)
+def test_a_notebook_is_short_and_defines_nothing(notebook: Path) -> None:
+    found = code_cells(notebook)
+    assert len(found) <= 20
+    for cell in found:
+        assert len(cell["source"].splitlines()) <= 15, cell["source"]
+        tree = ast.parse(plain(cell["source"]))
+        assert not [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=stem)
+def test_a_notebook_is_stored_without_results_for_the_python3_kernel(notebook: Path) -> None:
+    assert json.loads(notebook.read_text())["metadata"]["kernelspec"]["name"] == "python3"
+    for cell in code_cells(notebook):
+        assert cell["outputs"] == []
+        assert cell["execution_count"] is None
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=stem)
+def test_a_notebook_goes_from_its_question_to_its_verdict(notebook: Path) -> None:
+    every, code = cells(notebook), code_cells(notebook)
+    title = every[0]["source"]
+    assert every[0]["cell_type"] == "markdown"
+    assert re.match(rf"# {notebook.stem[:2]} .*\?", title), "the title asks the phase's question"
+    assert all(re.search(rf"\b{word}\b", title, re.I) for word in ("reads", "writes", "time", "learn")), title
+    assert code[0]["metadata"]["tags"] == ["parameters"]
+    assert f'run.start("{notebook.stem}", globals()' in code[1]["source"]
+    assert "phase.finish(" in code[-1]["source"]
+    assert every[-1]["cell_type"] == "markdown"
+    assert "Try next" in every[-1]["source"]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=stem)
+def test_the_parameters_cell_explains_each_literal_and_reads_only_earlier_phases(notebook: Path) -> None:
+    for line in code_cells(notebook)[0]["source"].splitlines():
+        assert re.match(r"\w+ = .+  # \S", line), f"{line!r} lacks its trailing comment"
+    values = parameters(notebook)
+    assert values["out"] == f"runs/manual/{notebook.stem}"
+    assert isinstance(values["seed"], int)
+    earlier = {f"{path.stem[3:]}_dir": path.stem for path in NOTEBOOKS if path.stem < notebook.stem}
+    for name, value in values.items():
+        if name.endswith("_dir") and value:
+            assert value == f"runs/manual/{earlier[name]}"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=stem)
+def test_every_parameter_is_used(notebook: Path) -> None:
+    body = "\n".join(plain(cell["source"]) for cell in code_cells(notebook)[1:])
+    used = {node.id for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Name)} | {"out", "allow_download"}
+    used |= {"seed"} if "phase.seed" in body else set()
+    assert parameters(notebook).keys() <= used
+
+
+@pytest.mark.parametrize("params", PARAMS, ids=stem)
+def test_params_files_fit_the_notebooks(params: Path) -> None:
+    phases = discover(ROOT / "notebooks")
+    check_params(params, phases)
+    skipped(params, list(phases))
+
+
+# -- modules ------------------------------------------------------------------------------------------------------
+
+
+def imported(module: Path) -> set[str]:
+    """The erlib modules that a module names in its imports, lazy ones included, those for types only left out."""
+    tree = ast.parse(module.read_text())
+    typing_only = [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    ignored = {id(inner) for node in typing_only for inner in ast.walk(node)}
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import) and id(node) not in ignored:
+            names |= {alias.name.removeprefix("erlib.") for alias in node.names if alias.name.startswith("erlib.")}
+        elif isinstance(node, ast.ImportFrom) and id(node) not in ignored:
+            source = ("erlib." if node.level else "") + (node.module or "")
+            if source.strip(".") == "erlib":
+                names |= {alias.name for alias in node.names}
+            elif source.startswith("erlib."):
+                names.add(source.removeprefix("erlib."))
+    return {name.split(".")[0] for name in names}
+
+
+def test_every_module_has_its_place_in_the_import_order() -> None:
+    assert {path.stem for path in MODULES} - {"__init__"} == set(IMPORT_ORDER)
+
+
+@pytest.mark.parametrize("module", [path for path in MODULES if path.stem != "__init__"], ids=stem)
+def test_a_module_imports_only_modules_above_it(module: Path) -> None:
+    above = set() if module.stem == "plots" else set(IMPORT_ORDER[: IMPORT_ORDER.index(module.stem)])
+    assert imported(module) <= above
+
+
+@pytest.mark.parametrize("module", MODULES, ids=stem)
+def test_public_functions_state_their_contract_and_types(module: Path) -> None:
+    tree = ast.parse(module.read_text())
+    assert ast.get_docstring(tree), "a module says what it is for"
+    for node in tree.body:
+        functions = node.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_") else [node]
+        for function in functions:
+            if isinstance(function, ast.FunctionDef) and not function.name.startswith("_"):
+                where = f"{module.name}:{function.lineno} {function.name}"
+                assert function not in tree.body or ast.get_docstring(function), f"{where} has no docstring"
+                assert function.returns is not None, f"{where} has no return type"
+                typed = [*function.args.args, *function.args.kwonlyargs]
+                assert all(each.annotation or each.arg in ("self", "cls") for each in typed), f"{where}: argument types"
+
+
+def test_most_modules_import_without_torch() -> None:
+    light = [name for name in IMPORT_ORDER if name not in NEEDS_TORCH]
+    source = f"import importlib, sys\nfor name in {light}: importlib.import_module('erlib.' + name)\n"
+    heavy = "{'torch', 'transformers', 'trl', 'datasets', 'sentence_transformers', 'litellm'}"
+    ended = subprocess.run(
+        [sys.executable, "-c", f"{source}print(sorted({heavy} & set(sys.modules)))"], capture_output=True, text=True
+    )
+    assert ended.stdout.strip() == "[]", ended.stdout + ended.stderr
+
+
+def test_the_code_is_formatted_and_clean() -> None:
+    for action in (["check", "--quiet"], ["format", "--check", "--quiet"]):
+        command = [sys.executable, "-m", "ruff", *action, "--no-cache", "erlib", "tests", "notebooks"]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+# -- packaging and documents --------------------------------------------------------------------------------------
+
+
+def test_the_pins_fit_the_ranges_and_belong_to_no_machine() -> None:
+    extra = PYPROJECT["project"]["optional-dependencies"]["dev"]
+    for text in PYPROJECT["project"]["dependencies"] + extra:
+        requirement = Requirement(text)
+        assert PINS[requirement.name] in requirement.specifier
+    text = (ROOT / "constraints.txt").read_text()
+    assert not re.search(r"\+|@|file:|://", text.split("\n", 1)[1])
+
+
+def test_the_pins_are_what_is_tested_here() -> None:
+    installed = {Requirement(text).name for text in PYPROJECT["project"]["dependencies"]}
+    assert {name: importlib.metadata.version(name).split("+")[0] for name in installed} == {
+        name: PINS[name] for name in installed
+    }
+
+
+def test_conda_users_get_the_same_packages() -> None:
+    found = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert f"python{PYPROJECT['project']['requires-python']}" in found
+    assert {"pip", "cxx-compiler", "make"} <= {item for item in found if isinstance(item, str)}
+    assert found[-1] == {"pip": ["-c constraints.txt", "-e .[dev]"]}  # so they are pyproject.toml's
+
+
+def test_the_readme_names_every_notebook_module_and_params_file() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for path in [*NOTEBOOKS, *MODULES, *PARAMS]:
+        if path.stem != "__init__":
+            assert re.search(rf"\b{re.escape(path.stem)}\b", readme), f"README.md does not name {path.name}"
+
+
+def test_the_readme_names_no_file_that_is_not_there() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for name in re.findall(r"\b(?:erlib|notebooks|params|tests)/[\w./-]+\.(?:py|ipynb|yml|md)\b", readme):
+        assert (ROOT / name).is_file(), f"README.md names {name}"
+
+
+def test_nothing_names_the_machine_it_was_written_on() -> None:
+    suffixes = {".py", ".ipynb", ".yml", ".toml", ".md", ".txt", ".j2", ".css", ""}
+    folders = [ROOT / name for name in ("erlib", "notebooks", "params", "tests", ".ci")]
+    files = [path for folder in folders for path in folder.rglob("*")] + list(ROOT.iterdir())
+    for path in files:
+        if path.is_file() and path.suffix in suffixes and path.name != Path(__file__).name and ".git" not in path.name:
+            text = path.read_text(encoding="utf-8", errors="replace")
+            assert not re.search(r"/(?:root|home/\w+|Users/\w+|work/(?:main|tmp|shared))/", text), path

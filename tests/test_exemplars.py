@@ -1,0 +1,82 @@
+"""Exemplars: disjoint splits, a search that beats its baselines, no demo scored on itself."""
+
+import random
+
+import pytest
+from test_prompts import BRIEF, GOLD, POOL, V5, VERBS, Reader, connect, exemplar
+
+from erlib import exemplars, prompts
+from erlib.schema import Document, Exemplar
+
+
+def test_splits_are_complete_and_disjoint_by_id_and_text():
+    copies = [
+        Exemplar(document=Document(id=f"copy-{i}", text=e.document.text.upper() + " "), report=e.report)
+        for i, e in enumerate(GOLD[:10])
+    ]
+    divided = exemplars.split(GOLD + copies, seed=3)
+    assert sorted(e.document.id for e in divided) == sorted(e.document.id for e in GOLD + copies)
+    texts = [{e.document.text.casefold().strip() for e in exemplars.part(divided, name)} for name in exemplars.SPLITS]
+    assert all(texts) and not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
+    assert divided == exemplars.split(GOLD + copies, seed=3) != exemplars.split(GOLD + copies, seed=4)
+
+
+def test_105_exemplars_split_into_35_30_and_40():
+    divided = exemplars.split([exemplar(number) for number in range(105)], seed=0)
+    assert [len(exemplars.part(divided, name)) for name in ("pool", "dev", "test")] == [35, 30, 40]
+
+
+def test_a_repeated_id_is_refused():
+    with pytest.raises(ValueError, match="gold-000"):
+        exemplars.split([GOLD[0], GOLD[0]], seed=0)
+
+
+def test_a_demo_is_never_scored_on_itself():
+    shout = Document(id="other", text=GOLD[1].document.text.upper())
+    for demo in (GOLD[1], Exemplar(document=shout, report=GOLD[1].report)):
+        with pytest.raises(ValueError, match="both shown and scored"):
+            prompts.evaluate(connect(Reader()), GOLD[:3], template=V5, brief=BRIEF, demos=[demo])
+    with pytest.raises(ValueError, match="both shown and scored"):
+        exemplars.select(connect(Reader()), GOLD[:9], GOLD[8:], template=V5, brief=BRIEF, seed=0)
+
+
+def test_the_selector_finds_the_set_that_covers_every_type():
+    lm = connect(Reader())
+    selection = exemplars.select(lm, POOL, GOLD[:18], template=V5, brief=BRIEF, k=3, sets=6, swaps=60, seed=1)
+    types = {r.type for e in selection.exemplars for r in e.report.relationships}
+    assert types == set(VERBS) and selection.score == 1.0
+    full = selection.history[selection.history["documents"] == 18]
+    assert full["score"].max() == selection.score
+    baseline = exemplars.random_sets(POOL, k=3, draws=4, seed=0)
+    scores = [prompts.evaluate(lm, GOLD[:18], template=V5, brief=BRIEF, demos=demos).headline for demos in baseline]
+    assert max(scores) < selection.score
+
+
+def test_the_selection_is_decided_by_its_seed_and_keeps_to_its_number_of_calls():
+    results, engines = [], [Reader(), Reader()]
+    for engine in engines:
+        selection = exemplars.select(
+            connect(engine), POOL, GOLD[:12], template=V5, brief=BRIEF, k=3, sets=6, swaps=5, seed=7, threads=4
+        )
+        results.append((selection.exemplars, list(selection.history["score"])))
+    assert results[0] == results[1]
+    assert len(engines[0].requests) <= exemplars.selection_calls(12, sets=6, swaps=5)
+
+
+def test_too_small_a_pool_is_refused():
+    with pytest.raises(ValueError, match="5 exemplars cannot be chosen from a pool of 3"):
+        exemplars.select(connect(Reader()), GOLD[:3], GOLD[3:], template=V5, brief=BRIEF, seed=0)
+
+
+def test_baselines_take_k_different_exemplars_of_the_pool():
+    sets = [*exemplars.random_sets(GOLD, draws=3, seed=0), exemplars.labeled_few_shot(GOLD)]
+    assert all(len({e.document.id for e in demos}) == 5 and set(demos) <= set(GOLD) for demos in sets)
+    assert sets[3] == exemplars.labeled_few_shot(GOLD) and len(set(sets[:3])) == 3
+
+
+def test_splits_and_draws_do_not_touch_the_global_random_state():
+    random.seed(5)
+    before = random.getstate()
+    exemplars.random_sets(GOLD, seed=1)
+    exemplars.split(GOLD, seed=1)
+    assert random.getstate() == before
