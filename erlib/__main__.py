@@ -23,6 +23,9 @@ def run(
     only: Annotated[str | None, typer.Option(help="run this phase alone")] = None,
     dry_run: Annotated[bool, typer.Option(help="say what would run, and why")] = False,
     force: Annotated[bool, typer.Option(help="run also what is complete")] = False,
+    past_gates: Annotated[
+        bool, typer.Option("--past-gates", help="go on after a failed gate; it stays failed")
+    ] = False,
     notebooks: Annotated[Path, typer.Option(help="folder of the phase notebooks")] = ROOT / "notebooks",
     runs: Annotated[Path, typer.Option(help="folder that holds the run's folder")] = ROOT / "runs",
 ) -> None:
@@ -33,7 +36,14 @@ def run(
     """
     try:
         status = runner.run(
-            params, notebooks=notebooks, runs=runs, first=first, only=only, dry_run=dry_run, force=force
+            params,
+            notebooks=notebooks,
+            runs=runs,
+            first=first,
+            only=only,
+            dry_run=dry_run,
+            force=force,
+            past_gates=past_gates,
         )
     except RunError as error:
         typer.secho(str(error), fg="red", err=True)

@@ -162,8 +162,12 @@ def _source(notebook: Path) -> dict[str, str]:
     """Hashes of the erlib modules and embedded data that a notebook can reach."""
     code = "\n".join(cell["source"] for cell in _cells(notebook) if cell["cell_type"] == "code")
     plain = "\n".join(line for line in code.splitlines() if not line.lstrip().startswith(("%", "!")))
+    try:
+        modules = reachable(plain)
+    except SyntaxError as error:
+        raise RunError(f"{notebook}: a code cell or a module does not parse: {error}") from None
     assets = sorted(path for path in (PACKAGE / "assets").rglob("*") if path.is_file())
-    return {path.relative_to(PACKAGE).as_posix(): sha256(path) for path in [*reachable(plain), *assets]}
+    return {path.relative_to(PACKAGE).as_posix(): sha256(path) for path in [*modules, *assets]}
 
 
 def versions() -> dict[str, str]:

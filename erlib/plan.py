@@ -158,12 +158,15 @@ def _find(jobs: list[Job], wanted: str) -> Job:
 # -- what has to run ----------------------------------------------------------------------------------------------
 
 
-def reason(job: Job) -> str | None:
-    """Say why a phase has to run; None when its result has its present key, intact outputs and a report."""
+def reason(job: Job, *, past_gates: bool = False) -> str | None:
+    """Say why a phase has to run; None when its result has its present key, intact outputs and a report.
+
+    A result whose gate failed runs again, unless the run goes `past_gates`.
+    """
     manifest = read_manifest(job.out)
     if manifest is None:
         return "not run yet" if not job.out.exists() else "was interrupted"
-    if manifest["status"] != "done":
+    if manifest["status"] != "done" and not (past_gates and manifest["status"] == "failed_gate"):
         return f"ended with {manifest['status'].replace('_', ' ')} last time"
     present = dependencies(job.notebook, job.values)
     if present["key"] != manifest["key"]:

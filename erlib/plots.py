@@ -33,6 +33,22 @@ def _axes(title: str, *, width: float = 7.0, height: float = 3.6, columns: int =
     return figure, list(axes[0])
 
 
+# -- 00 base model ------------------------------------------------------------------------------------------------
+
+
+def pretraining(log: "pd.DataFrame") -> "Figure":
+    """Draw the log of `pretrain.train` by millions of tokens: loss, and F1 where it was measured."""
+    figure, (losses, scores) = _axes("When does it learn to copy names?", width=9.0, columns=2)
+    losses.plot(log["tokens"] / 1e6, log["loss"], color=BLUE)
+    losses.set(xlabel="tokens read (millions)", ylabel="loss (nats a token)", ylim=(0, None))
+    known = log.dropna(subset="entity_f1") if "entity_f1" in log else log[:0].assign(entity_f1=[], relationship_f1=[])
+    for column, colour, label in (("entity_f1", BLUE, "entities"), ("relationship_f1", VERMILION, "relationships")):
+        scores.plot(known["tokens"] / 1e6, known[column], color=colour, marker=".", label=label)
+    scores.set(xlabel="tokens read (millions)", ylabel="exact-match F1, unseen names", ylim=(0, 1.02))
+    scores.legend(fontsize=8, frameon=False)
+    return figure
+
+
 # -- 01 prompts ---------------------------------------------------------------------------------------------------
 
 
@@ -57,21 +73,24 @@ def intervals(frame: "pd.DataFrame", *, title: str, highlight: str | None = None
 
 
 def selection(history: "pd.DataFrame") -> "Figure":
-    """Every trial of the exemplar search by stage and number of documents, and the best full score so far."""
-    figure, (axis,) = _axes("What did the search for exemplars gain?")
-    swap, full = history["stage"] == "swap search", history["documents"] == history["documents"].max()
-    looks = {
-        "successive halving, part of dev": (SKY, "o", ~full),
-        "successive halving, all of dev": (BLUE, "s", full & ~swap),
-        "swap search, all of dev": (ORANGE, "^", swap),
-    }
-    for label, (color, marker, rows) in looks.items():
-        shown = history[rows]
-        axis.scatter(shown.index, shown["score"], color=color, marker=marker, s=22, label=label)
-    axis.step(history.index, history["best"], where="post", color=VERMILION, label="best on all of dev")
-    axis.set_xlabel("trial")
-    axis.set_ylabel("mean of entity and relationship F1")
-    axis.legend(fontsize=8, frameon=False)
+    """The search for exemplars: scores of the sets in each round of halving, and the gain of each exchange."""
+    figure, (halving, swaps) = _axes("What did the search for exemplars gain?", width=9.0, columns=2)
+    rounds = history[history["stage"] == "successive halving"].groupby("documents", sort=False)["score"]
+    for place, (_, scores) in enumerate(rounds):
+        halving.scatter([place] * len(scores), scores, color=BLUE, s=22, alpha=0.6)
+    labels = [f"{len(scores)} sets,\n{documents} documents" for documents, scores in rounds]
+    halving.set_xticks(range(len(labels)), labels)
+    halving.margins(0.2)
+    halving.set_xlabel("round of successive halving")
+    halving.set_ylabel("mean of entity and relationship F1")
+    trials = history[history["stage"] == "swap search"].iloc[1::2].reset_index(drop=True)  # rows: best so far, trial
+    for kept, color, marker in ((False, GREY, "o"), (True, VERMILION, "^")):
+        shown, label = trials[(trials["margin"] > 0) == kept], "kept" if kept else "undone"
+        swaps.scatter(shown.index + 1, shown["margin"], color=color, marker=marker, s=22, label=label)
+    swaps.axhline(0, color="black", linewidth=0.8)
+    swaps.set_xlabel("exchange of one exemplar")
+    swaps.set_ylabel("gain over the best set so far")
+    swaps.legend(fontsize=8, frameon=False)
     return figure
 
 
@@ -139,10 +158,10 @@ def training_curves(log: "pd.DataFrame") -> "Figure":
             losses.plot(known["step"], known[column], color=colour, marker=".", label=label)
     losses.set(xlabel="step", ylabel="loss per completion token (nats)", ylim=(0, None))
     measured = [column for column in log if column.endswith(("_entity_f1", "_relationship_f1"))]
-    sets = list(dict.fromkeys(column.removesuffix("_entity_f1").removesuffix("_relationship_f1") for column in measured))
-    for column in measured:
+    names = {c: c.removesuffix("_entity_f1").removesuffix("_relationship_f1") for c in measured}
+    sets = list(dict.fromkeys(names.values()))
+    for column, name in names.items():
         known, entities = log.dropna(subset=column), column.endswith("_entity_f1")
-        name = column.removesuffix("_entity_f1").removesuffix("_relationship_f1")
         colour, line = (BLUE, ORANGE, GREEN, PURPLE)[sets.index(name) % 4], "-" if entities else ":"
         label = f"{name.replace('_', ' ')}, {'entities' if entities else 'relationships'}"
         scores.plot(known["step"], known[column], color=colour, linestyle=line, marker=".", label=label)

@@ -110,7 +110,7 @@ def _progress(console: Console, job: Job, expected: float | None) -> Iterator[No
 
     def line() -> Text:
         seconds = time.monotonic() - began
-        left = f", about {max(0, expected - seconds):.0f} s left" if expected else ""
+        left = f", about {expected - seconds:.0f} s left" if expected and expected > seconds else ""
         return _line(job.name, "running", f"{seconds:7.0f} s{left}")
 
     with Live(get_renderable=line, console=console, refresh_per_second=2, transient=True):
@@ -136,6 +136,7 @@ def run(
     only: str | None = None,
     dry_run: bool = False,
     force: bool = False,
+    past_gates: bool = False,
     console: Console | None = None,
 ) -> int:
     """Execute the phases of `params` into `runs/<its name>`; gives an exit status (`EXIT`).
@@ -148,12 +149,12 @@ def run(
     chosen = select(jobs, skip=skipped(params, [job.name for job in jobs]), first=first, only=only)
     refuse_missing(chosen)
     if dry_run:
-        _dry_run(chosen, force, console)
+        _dry_run(chosen, force, past_gates, console)
         return 0
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            status = _run_all(chosen, force, console)
+            status = _run_all(chosen, force, past_gates, console)
             index = report.write_index(folder)
     except Timeout:
         raise RunError(f"another run is at work in {shown(folder)}: wait for it or stop it") from None
@@ -161,11 +162,12 @@ def run(
     return EXIT[status]
 
 
-def _dry_run(jobs: list[Job], force: bool, console: Console) -> None:
+def _dry_run(jobs: list[Job], force: bool, past_gates: bool, console: Console) -> None:
     running: set[str] = set()
     for job in jobs:
         before = next((name for name in job.upstream if name in running), None)
-        why = "forced" if force else reason(job) or (f"{before} runs before it" if before else None)
+        why = "forced" if force else reason(job, past_gates=past_gates)
+        why = why or (f"{before} runs before it" if before else None)
         if why:
             running.add(job.name)
         console.print(_line(job.name, "would run" if why else "skipped", why or "same key, outputs intact"))
@@ -173,11 +175,17 @@ def _dry_run(jobs: list[Job], force: bool, console: Console) -> None:
             console.print(Text(command(job), style="dim"), soft_wrap=True)
 
 
-def _run_all(jobs: list[Job], force: bool, console: Console) -> str:
-    """Run the phases in order until one does not end `done`; gives the last status."""
+def _run_all(jobs: list[Job], force: bool, past_gates: bool, console: Console) -> str:
+    """Run the phases in order until one does not end `done`; gives the status that the run ends with.
+
+    With `past_gates`, failed gates do not stop the run; they stay failed, and so does the run.
+    """
+    ends_with = "done"
     for job in jobs:
-        why = "forced" if force else reason(job)
+        why = "forced" if force else reason(job, past_gates=past_gates)
         if why is None:
+            if (read_manifest(job.out) or {}).get("status") == "failed_gate":
+                ends_with = "failed_gate"
             if not report.is_current(job.html, job.out):
                 report.render(job.executed, job.out, job.html)
             console.print(_line(job.name, "skipped", "same key, outputs intact"))
@@ -187,7 +195,9 @@ def _run_all(jobs: list[Job], force: bool, console: Console) -> str:
             manifest = execute(job)
         report.write_index(job.out.parent)
         console.print(_line(job.name, manifest["status"], _verdict(manifest)))
-        if manifest["status"] != "done":
+        if past_gates and manifest["status"] == "failed_gate":
+            ends_with = "failed_gate"
+        elif manifest["status"] != "done":
             console.print(f"stopped; report: {shown(job.html)}")
             return manifest["status"]
-    return "done"
+    return ends_with

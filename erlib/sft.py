@@ -144,9 +144,7 @@ def harness(
     return score
 
 
-def gap_closed(
-    base: metrics.Scores, tuned: metrics.Scores, frontier: metrics.Scores, *, seed: int
-) -> metrics.Interval:
+def gap_closed(base: metrics.Scores, tuned: metrics.Scores, frontier: metrics.Scores, *, seed: int) -> metrics.Interval:
     """(tuned - base) / (frontier - base) in entity F1, with its bootstrap interval over the same documents."""
 
     def share(sums: np.ndarray) -> np.ndarray:  # (..., 9) summed counts of the three systems to (...)

@@ -165,6 +165,8 @@ class World:
 
     def _repost(self, rng: random.Random, text: str, truth: Truth) -> tuple[str, Truth]:
         handle = invent_handle(rng)
+        while handle in {mention.name for mention in truth.mentions}:
+            handle = invent_handle(rng)
         extra = Mention(handle, "handle", False, (), crc32(b"repost"))
         link = invent_url(rng)
         text = rng.choice((f"RT {handle}: {text}", f"{text} (via {handle})", f"{handle} posted: {text} {link}"))

@@ -194,6 +194,8 @@ def test_a_failed_gate_stops_the_run_after_its_report(chain: Path) -> None:
     assert "failed gate" in (chain / "runs/tiny/02_double.html").read_text()
     assert words(go(chain, dry_run=True)[1])["02"] == "would run   ended with failed gate last time"
     assert go(chain, first="3")[0] == 3  # going on from a failed gate is the user's decision
+    status, lines = go(chain, past_gates=True)
+    assert status == 3 and words(lines)["02"].startswith("skipped")  # gone past, and still failed
 
 
 def test_errors_dead_kernels_and_forgotten_finishes_end_with_a_manifest_and_a_report(chain: Path) -> None:
