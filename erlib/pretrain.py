@@ -189,7 +189,7 @@ def train(
     intermediate_size: int = 512,
     num_hidden_layers: int = 4,
     num_attention_heads: int = 6,
-    max_position_embeddings: int = 4096,
+    max_position_embeddings: int = 8192,
     sequence_length: int = 512,
     long_sequence_length: int = 2048,
     long_share: float = 0.15,
@@ -280,7 +280,8 @@ def train(
     return pd.DataFrame(state["log"])
 
 
-_HARMLESS = frozenset({"threads", "log_every", "save_seconds", "evaluate_every"})  # may differ when a run is resumed
+# May differ when a run is resumed; rotary positions have no weights.
+_HARMLESS = frozenset({"threads", "log_every", "save_seconds", "evaluate_every", "max_position_embeddings"})
 
 
 def _schedule(progress: float, warmup: float) -> float:
