@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -50,15 +51,16 @@ def execute(job: Job) -> dict[str, Any]:
     job.html.unlink(missing_ok=True)
     os.environ.update(environment(allow_download=job.values.get("allow_download", False)))
     try:
-        papermill.execute_notebook(
-            job.notebook.resolve(),
-            job.executed.resolve(),
-            parameters=job.given,
-            kernel_name="python3",
-            cwd=job.notebook.parent.resolve(),
-            progress_bar=False,
-            config=Config({"KernelManager": {"transport": "ipc"}}),
-        )
+        with tempfile.TemporaryDirectory() as sockets:  # a killed kernel would leave them beside the notebooks
+            papermill.execute_notebook(
+                job.notebook.resolve(),
+                job.executed.resolve(),
+                parameters=job.given,
+                kernel_name="python3",
+                cwd=job.notebook.parent.resolve(),
+                progress_bar=False,
+                config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}),
+            )
         failed = False
     except Exception as error:  # whatever a notebook or its kernel does, the run ends with a manifest and a report
         failed = True

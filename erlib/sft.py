@@ -251,7 +251,7 @@ def _trainer(
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
             lr_scheduler_type="cosine",
-            train_sampling_strategy="group_by_length",  # half of a batch would be padding otherwise
+            train_sampling_strategy="group_by_length",  # less padding
             logging_steps=max(1, every // 5),
             logging_first_step=True,
             eval_strategy="steps" if validation else "no",

@@ -405,4 +405,5 @@ def test_killed_at_random_instants_the_run_resumes_to_the_same_result(chain: Pat
     assert subprocess.run(_command(chain), capture_output=True).returncode == 0
     assert outputs(chain) == outputs(undisturbed)
     assert not list((chain / "runs/tiny").glob("*.tmp"))
+    assert {path.suffix for path in (chain / "notebooks").iterdir()} == {".ipynb"}  # only the notebooks: no sockets
     assert subprocess.run(_command(chain, "--dry-run"), capture_output=True, text=True).stdout.count("  skipped  ") == 3
