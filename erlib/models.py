@@ -28,9 +28,11 @@ from . import prompts as prompts_
 if TYPE_CHECKING:
     from dspy.lm15 import Request, Response
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.cache_utils import DynamicLayer
 
 EMBEDDED = Path(__file__).parent / "assets" / "base_model"
 BLANK_LINE = "\n\n"
+ROOM = 256  # tokens that a cache can grow by before it is copied
 Prompt = str | list[int]
 
 
@@ -222,8 +224,10 @@ def _prefill(
 ) -> "tuple[torch.Tensor, DynamicCache, torch.Tensor]":
     """Read the prompts, their common beginning once: next-token logits (B, V), cache, attention mask (B, T)."""
     from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
 
     cache = DynamicCache(config=model.config)
+    cache.layers = [_growing(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     shared = min(len(os.path.commonprefix(batch)), min(map(len, batch)) - 1)
     if shared:
         prefix = torch.tensor([batch[0][:shared]], device=model.device)
@@ -244,6 +248,31 @@ def _prefill(
         logits_to_keep=1,
     )
     return output.logits[:, -1], cache, mask
+
+
+def _growing(layer: "DynamicLayer") -> "DynamicLayer":
+    """Let a cache layer grow in place: by itself it copies all keys and values of all rows at every token."""
+    buffers: list[torch.Tensor | None] = [None, None]
+
+    def append(which: int, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        length = held.shape[-2] if held.numel() else 0
+        buffer, total = buffers[which], length + new.shape[-2]
+        # Selecting or repeating rows replaces the tensors, and the buffer with them.
+        if buffer is None or held.data_ptr() != buffer.data_ptr() or total > buffer.shape[-2]:
+            buffer = new.new_empty((*new.shape[:2], total + ROOM, new.shape[-1]))
+            buffer[..., :length, :] = held if length else buffer[..., :0, :]
+            buffers[which] = buffer
+        buffer[..., length:total, :] = new
+        return buffer[..., :total, :]
+
+    def update(keys: torch.Tensor, values: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
+        if not layer.is_initialized:
+            layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = append(0, layer.keys, keys), append(1, layer.values, values)
+        return layer.keys, layer.values
+
+    layer.update = update
+    return layer
 
 
 def _choose(logits: torch.Tensor, temperature: float, uniform: torch.Tensor | None) -> torch.Tensor:
