@@ -2,6 +2,7 @@
 #   make run     the whole chain (PARAMS=params/smoke.yml, ARGS="--from 03", ARGS=--dry-run)
 #   make test    the tests (PYTEST="-k resume -x")
 #   make lab     JupyterLab with a kernel that imports erlib
+#   make peer    TRL 1.12.0 in an environment of its own, for notebook 13
 SHELL := bash
 PYTHON ?= python3
 PARAMS ?= params/default.yml
@@ -9,6 +10,8 @@ ARGS ?=
 PYTEST ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
+PEER_VENV := .venv-peer
+PEER_STAMP := $(PEER_VENV)/.installed
 
 # This environment's kernel, not one of the user's; hub look-ups and telemetry off, as the runner has it.
 export JUPYTER_PREFER_ENV_PATH := 1
@@ -16,7 +19,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export LITELLM_LOCAL_MODEL_COST_MAP := True
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test lab
+.PHONY: run test lab peer
 run: $(STAMP)
 	$(VENV)/bin/python -m erlib run $(PARAMS) $(ARGS)
 
@@ -41,4 +44,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$$($(PYTHON) -c 'import sys; print("python%d.%d-dev" % sys.version_info[:2])')"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+peer: $(PEER_STAMP)
+
+# The last TRL with PPO, and for the rest the versions that our side has.
+$(PEER_STAMP): constraints.txt | $(STAMP)
+	$(VENV)/bin/python -m venv $(PEER_VENV)
+	grep -v '^trl==' constraints.txt >$(PEER_VENV)/constraints.txt
+	$(PEER_VENV)/bin/python -m pip install --quiet --constraint $(PEER_VENV)/constraints.txt \
+	trl==1.12.0 accelerate datasets peft psutil torch transformers
 	@touch $@

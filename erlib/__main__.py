@@ -19,8 +19,12 @@ def main() -> None:
 @app.command()
 def run(
     params: Annotated[Path, typer.Argument(help="params file; the run is named after it", dir_okay=False)],
-    first: Annotated[str | None, typer.Option("--from", help="start at this phase (05 or 05_annotation)")] = None,
-    only: Annotated[str | None, typer.Option(help="run this phase alone")] = None,
+    first: Annotated[
+        str | None, typer.Option("--from", help="start at this phase (05, 05_annotation or round-2/05)")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="run this phase alone, in every round or in one (07, round-2/07)")
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="say what would run, and why")] = False,
     force: Annotated[bool, typer.Option(help="run also what is complete")] = False,
     past_gates: Annotated[

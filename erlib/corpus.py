@@ -397,6 +397,12 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def numbered_rows(path: str | Path) -> Iterator[tuple[int, Mapping[str, Any] | None, str]]:
+    """Read JSONL that may be bad: line number, object or None, and the fault of each line that is not blank."""
+    for row in _jsonl_rows(Path(path)):
+        yield row.number, row.fields, row.reason
+
+
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any] | BaseModel]) -> None:
     """Write one JSON object a line, UTF-8; the file appears complete or not at all. Raises `ValueError` on NaN."""
     path = Path(path)

@@ -20,6 +20,7 @@ import yaml
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
 MANIFEST = "manifest.json"
+ROUND = ("04", "05", "06", "07")  # the phases of one RLHF round, by number; each round has a folder of its own
 
 
 class RunError(Exception):
@@ -182,18 +183,26 @@ def versions() -> dict[str, str]:
     return found
 
 
+def folders(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """List the earlier phases' folders that parameters name (`*_dir`, or a list in `*_dirs`): (parameter, folder)."""
+    named = [(key, value) for key, value in values.items() if key.endswith(("_dir", "_dirs"))]
+    return [(key, path) for key, value in named for path in (value if isinstance(value, list) else [value]) if path]
+
+
 def _inputs(values: Mapping[str, Any]) -> dict[str, str]:
-    """Hash what the parameters point at: earlier phases' folders (`*_dir`) and existing files or folders."""
+    """Hash what the parameters point at: earlier phases' outputs (`folders`) and existing files or folders."""
     found: dict[str, str] = {}
+    for _, folder in folders(values):
+        outputs = (read_manifest(folder) or {}).get("outputs", {})
+        found |= {f"{shown(ROOT / folder)}/{file}": digest for file, digest in outputs.items()}
     for name, value in values.items():
+        if name == "out" or name.endswith(("_dir", "_dirs")):
+            continue
         for text in value if isinstance(value, list) else [value]:
-            if not isinstance(text, str) or not text or name == "out":
+            if not isinstance(text, str) or not text:
                 continue
             path = ROOT / text
-            if name.endswith("_dir"):
-                outputs = (read_manifest(path) or {}).get("outputs", {})
-                found |= {f"{shown(path)}/{file}": digest for file, digest in outputs.items()}
-            elif path.is_file():
+            if path.is_file():
                 found[shown(path)] = sha256(path)
             elif "/" in text and path.is_dir():
                 found |= {f"{shown(path)}/{file}": digest for file, digest in hash_folder(path).items()}

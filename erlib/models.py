@@ -1,4 +1,4 @@
-"""Local language models: load, generate, log-probabilities, merge adapters, and serve DSPy.
+"""Local language models: load, generate, log-probabilities, merge adapters, quantise, and serve DSPy.
 
 `generate` is its own decoding loop instead of `model.generate`, because
 
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from . import prompts as prompts_
 
 if TYPE_CHECKING:
     from dspy.lm15 import Request, Response
-    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.cache_utils import DynamicLayer
 
 EMBEDDED = Path(__file__).parent / "assets" / "base_model"
@@ -47,21 +47,29 @@ def seed_everything(seed: int) -> None:
 
 
 def load(
-    name_or_path: str | Path, *, dtype: str = "float32", device: str = "auto", allow_download: bool = False
+    name_or_path: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+    allow_download: bool = False,
+    quantisation: Literal["nf4"] | None = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a causal LM in evaluation mode and its tokenizer: `embedded`, a local folder, or a hub name.
 
     The tokenizer pads on the left, reads the text of special tokens as text, and has a padding token that is not the
-    end token. Raises FileNotFoundError for a hub name that is not in the local cache, unless `allow_download`.
+    end token. `quantisation="nf4"` packs the linear layers into 4 bits while loading; they compute in `dtype`. A folder
+    that `quantise` wrote needs no such word: it comes back as it was written. Raises FileNotFoundError for a hub name
+    that is not in the local cache, unless `allow_download`.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name = str(EMBEDDED if name_or_path == "embedded" else name_or_path)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    packed = {"quantization_config": _nf4(dtype), "device_map": {"": device}} if quantisation == "nf4" else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not allow_download, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(
-            name, local_files_only=not allow_download, dtype=getattr(torch, dtype), use_safetensors=True
+            name, local_files_only=not allow_download, dtype=getattr(torch, dtype), use_safetensors=True, **packed
         )
     except OSError as error:
         mend = "set allow_download to fetch it from the hub, or name a folder with config.json and model.safetensors"
@@ -124,12 +132,16 @@ def encode_messages(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dic
 
 
 class Completion(NamedTuple):
-    """What a model wrote: `text` without the stop, `ids` with it; `finished` is False when it ran out of tokens."""
+    """What a model wrote: `text` without the stop, `ids` with it; `finished` is False when it ran out of tokens.
+
+    `logprobs` are those of the ids under the model at temperature 1, whatever temperature they were drawn at.
+    """
 
     text: str
     ids: tuple[int, ...]
     n_prompt_tokens: int
     finished: bool
+    logprobs: tuple[float, ...]
 
     @property
     def n_new_tokens(self) -> int:
@@ -177,9 +189,9 @@ def generate(
                 uniform=uniform,
                 stop=tuple(stop),
             )
-            for index, (ids, finished) in zip(rows, new, strict=True):
+            for index, (ids, finished, logprobs) in zip(rows, new, strict=True):
                 text = _text(tokenizer, ids, stop)
-                completions[index] = Completion(text, tuple(ids), len(encoded[index]), finished)
+                completions[index] = Completion(text, tuple(ids), len(encoded[index]), finished, tuple(logprobs))
     return [completions[index] for index in range(len(prompts))]
 
 
@@ -192,17 +204,25 @@ def _decode(
     temperature: float,
     uniform: torch.Tensor | None,
     stop: tuple[str, ...],
-) -> list[tuple[list[int], bool]]:
-    """Complete one batch: new ids of each row, and whether it finished; sampling follows `uniform` (B, steps)."""
-    logits, cache, mask = _prefill(model, tokenizer, batch)
+) -> list[tuple[list[int], bool, list[float]]]:
+    """Complete one batch: new ids of each row, whether it finished, log-probabilities; `uniform` (B, steps) samples."""
+    different = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, batch)))}
+    logits, cache, mask = _prefill(model, tokenizer, [list(prompt) for prompt in different])
+    if len(different) < len(batch):  # the samples of one prompt share its encoding
+        places = torch.tensor([different[tuple(prompt)] for prompt in batch], device=logits.device)
+        logits, mask = logits[places], mask[places]
+        cache.batch_select_indices(places)
     new: list[list[int]] = [[] for _ in batch]
+    logprobs: list[list[float]] = [[] for _ in batch]
     finished = [False] * len(batch)
     rows = list(range(len(batch)))  # the row of the batch that each line of the cache belongs to
     for step in range(max_new_tokens):
         chosen = _choose(logits, temperature, None if uniform is None else uniform[rows, step])
-        for row, token in zip(rows, chosen.tolist(), strict=True):
+        likely = torch.log_softmax(logits.float(), dim=-1).gather(1, chosen[:, None]).squeeze(1)
+        for row, token, logprob in zip(rows, chosen.tolist(), likely.tolist(), strict=True):
             if not finished[row]:
                 new[row].append(token)
+                logprobs[row].append(logprob)
                 finished[row] = token == tokenizer.eos_token_id or _stopped(tokenizer, new[row], stop)
         going = [line for line, row in enumerate(rows) if not finished[row]]
         if not going or step == max_new_tokens - 1:
@@ -216,7 +236,7 @@ def _decode(
         logits = model(
             input_ids=chosen[:, None], attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
         ).logits[:, -1]
-    return list(zip(new, finished, strict=True))
+    return list(zip(new, finished, logprobs, strict=True))
 
 
 def _prefill(
@@ -371,7 +391,9 @@ def merge_adapter(base: str | Path, adapter: Path, out: Path, *, allow_download:
     out.mkdir(parents=True, exist_ok=True)
     merged.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    record = {"merged": fingerprint(out), "adapter": fingerprint(adapter), "precision": "float32"}
+    folder = EMBEDDED if base == "embedded" else Path(base)
+    origin = fingerprint(folder) if folder.is_dir() else str(base)
+    record = {"merged": fingerprint(out), "base": origin, "adapter": fingerprint(adapter), "precision": "float32"}
     (out / MERGE_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record["merged"]
 
@@ -387,6 +409,51 @@ def require_merged(folder: Path, *, expected: str | None = None) -> str:
     if expected not in (None, found):
         raise ValueError(f"{folder} is checkpoint {found[:12]}, not {expected[:12]}: use one 03_sft throughout")
     return found
+
+
+# -- 4-bit checkpoints --------------------------------------------------------------------------------------------
+
+QUANTISATION_RECORD = "quantisation.json"
+
+
+class Quantised(NamedTuple):
+    """What `quantise` wrote: the weights' fingerprint, that of the merged checkpoint, and bytes of weights of both."""
+
+    quantised: str
+    checkpoint: str
+    method: str
+    compute_dtype: str
+    bytes: int
+    checkpoint_bytes: int
+
+
+def quantise(folder: Path, out: Path, *, compute_dtype: str = "float32", device: str = "auto") -> Quantised:
+    """Write a merged checkpoint in 4-bit NF4 (QLoRA, 2305.14314) with its tokenizer to `out`, which `load` reads.
+
+    Linear layers are packed, their scales quantised too, and computed in `compute_dtype`; embeddings, norms and output
+    head keep that type. `out/quantisation.json`, written last, is the record that is given. Raises ValueError for
+    anything but a merged checkpoint.
+    """
+    checkpoint = require_merged(folder)
+    model, tokenizer = load(folder, dtype=compute_dtype, device=device, quantisation="nf4")
+    out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    size, before = (sum(file.stat().st_size for file in Path(f).glob("*.safetensors")) for f in (out, folder))
+    record = Quantised(fingerprint(out), checkpoint, "nf4", compute_dtype, size, before)
+    (out / QUANTISATION_RECORD).write_text(json.dumps(record._asdict(), indent=1) + "\n", encoding="utf-8")
+    return record
+
+
+def _nf4(compute_dtype: str) -> "BitsAndBytesConfig":
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, compute_dtype),
+    )
 
 
 # -- DSPy ---------------------------------------------------------------------------------------------------------

@@ -11,29 +11,40 @@ from erlib import report
 from erlib.manifest import (
     MANIFEST,
     ROOT,
+    ROUND,
     RunError,
     checked,
     closest,
     damaged,
     dependencies,
+    folders,
     parameters,
     read_manifest,
     shown,
 )
 
-# Its product, the embedded base model, ships with the package; training it again takes far longer than all the rest.
-SKIPPED = ["00_base_model"]
+# The product of 00, the embedded base model, ships with the package, and training it again takes far longer than all
+# the rest; 13 compares with a trainer that lives in an environment of its own.
+SKIPPED = ["00_base_model", "13_benchmarks"]
 
 
 class Job(NamedTuple):
-    """One phase of a run: its notebook, all its parameter values, and those that differ from the notebook's."""
+    """One phase of a run: its notebook, all its parameter values, and those that differ from the notebook's.
 
-    name: str
+    `label` is its folder within the run's, `02_corpus` or `round-2/05_annotation`; `upstream` holds labels.
+    """
+
+    label: str
     notebook: Path
     out: Path
     values: dict[str, Any]
     given: dict[str, Any]
     upstream: list[str]
+
+    @property
+    def name(self) -> str:
+        """The notebook's name, the same in each round."""
+        return self.out.name
 
     @property
     def executed(self) -> Path:
@@ -63,7 +74,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_params(path: Path) -> dict[str, Any]:
-    """Read a params file: `skip`, `all` and one section per notebook."""
+    """Read a params file: `rounds`, `skip`, `all` and one section per notebook."""
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RunError) as error:
@@ -88,27 +99,25 @@ def check_params(path: Path, phases: Mapping[str, dict[str, Any]]) -> dict[str, 
     Raises RunError naming file, section and key for an unknown section or key and for a value of the wrong type.
     """
     sections = read_params(path)
-    sections.pop("skip", None)
+    sections = {key: content for key, content in sections.items() if key not in ("rounds", "skip")}
     given: dict[str, dict[str, Any]] = {name: {} for name in phases}
     for section, content in sorted(sections.items(), key=lambda item: item[0] != "all"):  # `all` first, then overridden
         if section != "all" and section not in phases:
-            raise RunError(f"{path}: unknown section `{section}`; {closest(str(section), ['all', 'skip', *phases])}")
+            known = ["all", "rounds", "skip", *phases]
+            raise RunError(f"{path}: unknown section `{section}`; {closest(str(section), known)}")
         if not isinstance(content, dict):
             raise RunError(f"{path}: section `{section}`: expected `name: value` lines, got {content!r}")
         targets = list(phases) if section == "all" else [section]
         for key, value in content.items():
-            _refuse_key(f"{path}: section `{section}`", key, {name for target in targets for name in phases[target]})
+            if key == "out" or (key in ("previous_dir", "round_number") and section.startswith(("all", *ROUND))):
+                raise RunError(f"{path}: section `{section}`: `{key}` is set by the runner; remove it")
+            known = sorted({name for target in targets for name in phases[target]})
+            if key not in known:
+                raise RunError(f"{path}: section `{section}`: unknown key `{key}`; {closest(str(key), known)}")
             for target in targets:
                 if key in phases[target]:
                     given[target][key] = _typed(f"{path}: section `{section}`", key, value, phases[target][key])
     return given
-
-
-def _refuse_key(where: str, key: Any, known: set[str]) -> None:
-    if key == "out":
-        raise RunError(f"{where}: `out` is set by the runner; remove it")
-    if key not in known:
-        raise RunError(f"{where}: unknown key `{key}`; {closest(str(key), sorted(known))}")
 
 
 def _typed(where: str, key: str, value: Any, default: Any) -> Any:
@@ -127,32 +136,79 @@ def skipped(path: Path, phases: Sequence[str]) -> list[str]:
     return skip
 
 
+def rounds(path: Path) -> int:
+    """Read how many RLHF rounds a params file asks for (`rounds`, 1 if absent)."""
+    number = read_params(path).get("rounds", 1)
+    if type(number) is not int or number < 1:
+        raise RunError(f"{path}: `rounds`: expected a whole number from 1 on, got {number!r}")
+    return number
+
+
 def plan(params: Path, notebooks: Path, folder: Path) -> list[Job]:
-    """Lay out every phase of a run in `folder`, with all its parameters; see `check_params` for what is refused."""
+    """Lay out every phase of a run in `folder`, in the order in which they run, with all their parameters.
+
+    The phases of a round (`ROUND`) come once a round. See `check_params` and `rounds` for what is refused.
+    """
     phases = discover(notebooks)
-    jobs = []
-    for name, given in check_params(params, phases).items():
-        folders = {key: other for key in phases[name] for other in phases if key == f"{other[3:]}_dir" and other < name}
-        filled = {key: other for key, other in folders.items() if phases[name][key] and key not in given}
-        given = given | {key: shown(folder / other) for key, other in filled.items()} | {"out": shown(folder / name)}
-        upstream = sorted(filled.values())
-        jobs.append(Job(name, notebooks / f"{name}.ipynb", folder / name, phases[name] | given, given, upstream))
+    sections, last = check_params(params, phases), rounds(params)
+    inside = [name for name in phases if name.startswith(ROUND)]
+    order = [(0, name) for name in phases if name[:2] < ROUND[0]]
+    order += [(number, name) for number in range(1, last + 1) for name in inside]
+    order += [(0, name) for name in phases if name[:2] > ROUND[-1]]
+    jobs: list[Job] = []
+    for number, name in order:
+        label = f"round-{number}/{name}" if number else name
+        given = {**sections[name], "out": shown(folder / label)}
+        if number and "round_number" in phases[name]:
+            given["round_number"] = number
+        reads = _reads(name, number, phases[name], given, jobs)
+        for key, earlier in reads.items():
+            paths = [shown(job.out) for job in earlier]
+            given[key] = paths if key.endswith("_dirs") else "".join(paths)
+        upstream = sorted({job.label for earlier in reads.values() for job in earlier})
+        jobs.append(Job(label, notebooks / f"{name}.ipynb", folder / label, phases[name] | given, given, upstream))
     return jobs
 
 
+def _reads(
+    name: str, number: int, defaults: Mapping[str, Any], given: Mapping[str, Any], jobs: Sequence[Job]
+) -> dict[str, list[Job]]:
+    """Find the jobs whose folders fill a phase's parameters; `<x>_dir` and `previous_dir` get one or none.
+
+    `<x>_dir`: the latest of an earlier phase; `<x>_dirs`: it in every round; `previous_dir`: what ended the last round.
+    """
+    reads = {}
+    for key, default in defaults.items():
+        match = re.fullmatch(r"(\w+)_dir(s?)", key)
+        if key == "previous_dir" and number:
+            reads[key] = [job for job in jobs if job.label.startswith(f"round-{number - 1}/")][-1:]
+        elif match and default and key not in given:
+            found = [job for job in jobs if job.name[3:] == match[1] and job.name < name]
+            if found:
+                reads[key] = found if match[2] else found[-1:]
+    return reads
+
+
 def select(jobs: list[Job], *, skip: list[str], first: str | None, only: str | None) -> list[Job]:
-    """Choose phases by number or name: from `first` on, or `only` one, which `skip` does not hold back."""
+    """Choose phases: from `first` on, or `only` one, which `skip` does not hold back.
+
+    Either is `5`, `05` or `05_annotation` (of the first round, or with `only` of every round) or `round-2/05`.
+    """
     if only:
-        return [_find(jobs, only)]
-    start = jobs.index(_find(jobs, first)) if first else 0
+        return _find(jobs, only)
+    start = jobs.index(_find(jobs, first)[0]) if first else 0
     return [job for job in jobs[start:] if job.name not in skip]
 
 
-def _find(jobs: list[Job], wanted: str) -> Job:
-    for job in jobs:
-        if wanted == job.name or (wanted.isdigit() and int(wanted) == int(job.name[:2])):
-            return job
-    raise RunError(f"no phase `{wanted}`; {closest(wanted, [job.name for job in jobs])}")
+def _find(jobs: list[Job], wanted: str) -> list[Job]:
+    place, _, phase = wanted.rpartition("/")
+    number = f"{int(phase):02}" if phase.isdigit() else None
+    named = [job for job in jobs if job.name == phase or job.name[:2] == number]
+    found = [job for job in named if place in ("", job.label.rpartition("/")[0])]
+    if not found:
+        known = dict.fromkeys(name for job in jobs for name in (job.name, job.label))
+        raise RunError(f"no phase `{wanted}`; {closest(wanted, list(known))}")
+    return found
 
 
 # -- what has to run ----------------------------------------------------------------------------------------------
@@ -192,14 +248,14 @@ def refuse_missing(jobs: list[Job]) -> None:
     """Raise RunError where a phase reads a folder that is not complete and intact, and no phase before it makes it."""
     made: set[Path] = set()
     for job in jobs:
-        for key, value in job.values.items():
-            if not key.endswith("_dir") or not value or ROOT / value in made:
+        for key, folder in folders(job.values):
+            if ROOT / folder in made:
                 continue
-            manifest = read_manifest(value)
+            manifest = read_manifest(folder)
             if manifest is None or manifest["status"] not in ("done", "failed_gate"):
-                raise RunError(f"{job.name} reads `{key}` = {value}, which is not complete: run that phase first")
-            if trouble := damaged(ROOT / value, manifest):
-                raise RunError(f"{job.name} reads `{key}` = {value}: {trouble}: run that phase again")
+                raise RunError(f"{job.label} reads `{key}` = {folder}, which is not complete: run that phase first")
+            if trouble := damaged(ROOT / folder, manifest):
+                raise RunError(f"{job.label} reads `{key}` = {folder}: {trouble}: run that phase again")
         made.add(job.out)
 
 

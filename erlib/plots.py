@@ -182,3 +182,388 @@ def faults(counts: "pd.DataFrame") -> "Figure":
     axis.invert_yaxis()
     axis.legend(fontsize=8, frameon=False)
     return figure
+
+
+# -- 04 sampling --------------------------------------------------------------------------------------------------
+
+
+def temperature_sweep(table: "pd.DataFrame", *, temperature: float, judge: str) -> "Figure":
+    """Draw by temperature how often the greedy completion was preferred, and every outcome: `by_temperature`'s table.
+
+    `judge` says who judged; `temperature` is the one chosen.
+    """
+    figure, (shares, outcomes) = _axes(f"How hot before greedy is preferred? ({judge})", width=9.0, columns=2)
+    spread = [(table["share"] - table["low"]).clip(0), (table["high"] - table["share"]).clip(0)]  # rounding at 0 and 1
+    shares.errorbar(table.index, table["share"], spread, color=BLUE, marker="o", capsize=3, label="all comparisons")
+    shares.plot(table.index, table["decided_share"], color=GREY, linestyle=":", marker=".", label="ties left out")
+    shares.axhline(0.5, color=VERMILION, linewidth=1, linestyle="--", label="limit")
+    shares.axvline(temperature, color="black", linewidth=1)
+    shares.annotate(f" T = {temperature:g}", (temperature, 0.03), xycoords=("data", "axes fraction"))
+    shares.set(xlabel="temperature", ylabel="greedy preferred, 95 % interval", ylim=(-0.02, 1.02))
+    bottom = table["n"] * 0.0
+    for outcome, colour in (("sample", GREEN), ("tie", YELLOW), ("identical", GREY), ("greedy", BLUE)):
+        part = table[outcome] / table["n"]
+        outcomes.bar([f"{t:g}" for t in table.index], part, bottom=bottom, color=colour, label=outcome)
+        bottom = bottom + part
+    outcomes.set(xlabel="temperature", ylabel="share of comparisons", ylim=(0, 1))
+    shares.legend(fontsize=8, frameon=False)
+    outcomes.legend(fontsize=8, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
+def logprob_preference(binned: "pd.DataFrame", *, judge: str) -> "Figure":
+    """Draw the share that preferred each completion by log-probability difference: `by_logprob`'s table."""
+    figure, (axis,) = _axes(f"Is what the model finds likelier also preferred? ({judge})")
+    for preferred, colour, label in (("greedy", BLUE, "greedy preferred"), ("sample", GREEN, "sample preferred")):
+        rows = binned[binned["preferred"] == preferred]
+        spread = [(rows["value"] - rows["low"]).clip(0), (rows["high"] - rows["value"]).clip(0)]  # rounding at 0 and 1
+        axis.errorbar(rows["difference"], rows["value"], spread, color=colour, marker="o", capsize=3, label=label)
+    axis.axvline(0, color=GREY, linewidth=1)
+    axis.set(xlabel="log-probability, greedy minus sample (nats)", ylabel="share, 95 % interval", ylim=(-0.02, 1.02))
+    axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+# -- 05 annotation ------------------------------------------------------------------------------------------------
+
+
+def agreement_by_batch(windows: "pd.DataFrame", *, judges: str) -> "Figure":
+    """Draw raw agreement and alpha with intervals by batch: `agreement.by_window`; the first batch is the level.
+
+    `judges` says whose judgements they are, such as `simulated panel`.
+    """
+    figure, axes = _axes(f"Do annotators still agree as they did after training? ({judges})", width=9.0, columns=2)
+    for axis, (measure, rows) in zip(axes, windows.groupby("measure", sort=False), strict=True):
+        spread = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
+        axis.errorbar(rows["batch"], rows["value"], yerr=spread, color=BLUE, marker="o", capsize=3, linestyle="none")
+        first = rows.iloc[0]
+        axis.axhline(first["value"], color=GREY, linewidth=1, label="level after training")
+        axis.axhspan(first["low"], first["high"], color=GREY, alpha=0.15, linewidth=0)
+        axis.set(xlabel="batch", ylabel=f"{measure}, 95 % interval", ylim=(min(0, rows["low"].min()), 1.02))
+        axis.set_xticks(rows["batch"])
+        axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def annotators(table: "pd.DataFrame", *, judges: str) -> "Figure":
+    """Draw each annotator's share of report A among decided pairs, and its share of ties: `annotation.annotators`."""
+    title = f"Does the place of a report sway anybody, and who calls ties? ({judges})"
+    figure, (first, ties) = _axes(title, width=9.0, height=1.4 + 0.35 * len(table), columns=2)
+    spread = [table["first"] - table["low"], table["high"] - table["first"]]
+    first.errorbar(table["first"], range(len(table)), xerr=spread, color=BLUE, marker="o", capsize=3, linestyle="none")
+    first.axvline(0.5, color=GREY, linewidth=1)
+    first.set(xlabel="share of report A among decided pairs, 95 % interval", xlim=(0.3, 0.7))
+    ties.barh(range(len(table)), table["tie rate"], color=ORANGE, height=0.6)
+    ties.set(xlabel="share of ties", xlim=(0, None))
+    first.set_yticks(range(len(table)), table["annotator"])
+    ties.set_yticks(range(len(table)), [""] * len(table))
+    for axis in (first, ties):
+        axis.set_ylim(len(table) - 0.5, -0.5)
+    return figure
+
+
+def scores(frame: "pd.DataFrame", *, judges: str) -> "Figure":
+    """Draw how often each score was given, by aspect and for their sum: one row a judgement, one column a score."""
+    figure, axes = _axes(f"Which scores do annotators give? ({judges})", width=10.0, columns=len(frame.columns))
+    for axis, column in zip(axes, frame, strict=True):
+        shares = frame[column].value_counts(normalize=True).sort_index()
+        axis.bar(shares.index, shares, color=[GREY if value == 0 else BLUE for value in shares.index])
+        axis.set(xlabel=f"{column}: B better … A better")
+    axes[0].set_ylabel("share of judgements")
+    return figure
+
+
+# -- 06 reward model ----------------------------------------------------------------------------------------------
+
+
+def reward_training(log: "pd.DataFrame") -> "Figure":
+    """Draw the log of `reward.train` by step: loss and accuracy on training and on validation pairs."""
+    figure, axes = _axes("Does it learn an order that holds on other documents?", width=9.0, columns=2)
+    chance = {"loss": 0.693, "accuracy": 0.5}
+    for axis, (measure, level) in zip(axes, chance.items(), strict=True):
+        for column, colour, label in ((measure, SKY, "training"), (f"eval_{measure}", VERMILION, "validation")):
+            if column in log:
+                known = log.dropna(subset=column)
+                axis.plot(known["step"], known[column], color=colour, marker=".", label=label)
+        axis.axhline(level, color=GREY, linestyle="--", linewidth=1, label="chance")
+        axis.set(xlabel="step", ylabel={"loss": "loss per pair (nats)", "accuracy": "accuracy"}[measure])
+        axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def reliability(binned: "pd.DataFrame", *, judges: str) -> "Figure":
+    """Draw share right against confidence: rows of `fidelity.reliability`, one line for each `name`."""
+    figure, (axis,) = _axes(f"Is it as often right as it says? ({judges})", width=5.0, height=4.2)
+    axis.plot([0.5, 1], [0.5, 1], color=GREY, linestyle="--", linewidth=1, label="perfect")
+    for (name, rows), colour in zip(binned.groupby("name", sort=False), (BLUE, ORANGE), strict=False):
+        bars = [rows["right"] - rows["low"], rows["high"] - rows["right"]]
+        axis.errorbar(rows["confidence"], rows["right"], yerr=bars, color=colour, marker="o", label=name)
+    axis.set(xlabel="confidence, sigmoid of the margin", ylabel="share right, 95 % interval", xlim=(0.48, 1.02))
+    axis.legend(fontsize=8, frameon=False, loc="lower right")
+    return figure
+
+
+def accuracy_groups(grouped: "pd.DataFrame", *, band: tuple[float, float], judges: str) -> "Figure":
+    """Draw accuracy in groups of pairs, rows of `fidelity.accuracy_by`, a panel a `by`; `band` is the ceiling."""
+    panels = list(dict.fromkeys(grouped["by"]))
+    title = f"Where is it right? ({judges}; grey: what agreement allows)"
+    figure, axes = _axes(title, width=3.3 * len(panels), height=3.2, columns=len(panels))
+    for axis, by in zip(axes, panels, strict=True):
+        rows = grouped[grouped["by"] == by]
+        bars = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
+        axis.axhspan(*band, color=GREY, alpha=0.2)
+        axis.errorbar(range(len(rows)), rows["value"], yerr=bars, color=BLUE, marker="o", linestyle="")
+        labels = [f"{name.replace(' quarter', '')}\n{pairs}" for name, pairs in rows[["group", "pairs"]].to_numpy()]
+        axis.set_xticks(range(len(rows)), labels, fontsize=8)
+        axis.axhline(0.5, color=GREY, linestyle="--", linewidth=1)
+        axis.set(xlabel=by, ylim=(0, 1.02), xlim=(-0.5, len(rows) - 0.5))
+        axis.set_ylabel("accuracy, 95 % interval" if axis is axes[0] else "")
+    return figure
+
+
+def reward_distribution(rewards: "pd.DataFrame") -> "Figure":
+    """Draw the scores of samples in columns `split` and `reward`, with the 1st and 99th percentile the guard uses."""
+    figure, (axis,) = _axes("Where do rewards lie before any training?")
+    for (split, rows), colour in zip(rewards.groupby("split", sort=False), (SKY, ORANGE, BLUE), strict=False):
+        axis.hist(rows["reward"], bins=40, density=True, histtype="step", color=colour, label=split)
+    for edge in rewards.loc[rewards["split"] != "train", "reward"].quantile([0.01, 0.99]):
+        axis.axvline(edge, color="black", linewidth=1, linestyle=":")
+    axis.set(xlabel="score (dotted: 1st and 99th percentile of held-out documents)", ylabel="density")
+    axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def length_bias(table: "pd.DataFrame", *, judges: str) -> "Figure":
+    """Draw, by difference in length, the model's margin and whom annotators prefer: rows of `fidelity.pair_table`."""
+    figure, (axis,) = _axes(f"Is a longer report a better one? ({judges})", width=6.0)
+    for label, colour, name in ((1, BLUE, "A preferred"), (-1, VERMILION, "B preferred"), (0, GREY, "tie")):
+        rows = table[table["label"] == label]
+        axis.scatter(rows["longer"], rows["margin"], color=colour, s=12, alpha=0.6, label=name)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set(xlabel="characters by which A is longer", ylabel="margin: score of A minus score of B")
+    axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+# -- 07 ppo -------------------------------------------------------------------------------------------------------
+
+
+def rewards_by_step(log: "pd.DataFrame", reference: "dict[str, float]") -> "Figure":
+    """Draw the quantiles of the rewards of each step of `ppo.train`, over those of the reference (5 %, 50 %, 95 %)."""
+    figure, (axis,) = _axes("Do the rewards rise inside the range in which the reward model was evaluated?", width=8.0)
+    axis.axhspan(reference["q05"], reference["q95"], color=GREY, alpha=0.15, label="evaluation, 5 to 95 %")
+    axis.axhline(reference["q50"], color=GREY, linestyle="--", label="evaluation, median")
+    steps = range(len(log))  # a step that was repeated after an alarm stands twice
+    axis.fill_between(steps, log["reward_q05"], log["reward_q95"], color=BLUE, alpha=0.2, label="policy, 5 to 95 %")
+    axis.plot(steps, log["reward_q50"], color=BLUE, marker=".", label="policy, median")
+    axis.set(xlabel="step", ylabel="raw reward of a completion")
+    axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def kl_by_step(log: "pd.DataFrame", *, target: float) -> "Figure":
+    """Draw KL from the reference (k1 and k3), and the coefficient that is to hold it, by step of `ppo.train`."""
+    figure, (distance, coefficient) = _axes("How far from its start does the policy go?", width=9.0, columns=2)
+    for column, colour, label in (("kl", BLUE, "k1, in the reward"), ("kl_k3", SKY, "k3")):
+        distance.plot(log["step"], log[column], color=colour, marker=".", label=label)
+    distance.axhline(target, color=VERMILION, linestyle="--", label="target")
+    distance.set(xlabel="step", ylabel="KL of a completion (nats)", ylim=(min(0, log["kl"].min()), None))
+    distance.legend(fontsize=8, frameon=False)
+    coefficient.plot(log["step"], log["kl_coef"], color=PURPLE, marker=".")
+    coefficient.set(xlabel="step", ylabel="KL coefficient", ylim=(0, None))
+    return figure
+
+
+def policy_by_step(log: "pd.DataFrame", *, gold: str) -> "Figure":
+    """Draw what the reward does not see, by step: F1 of the gold set of that name, parse and end rate, and length."""
+    figure, (scores, shares, lengths) = _axes("Does the policy itself get better?", width=11.0, columns=3)
+    for item, colour, label in (("entity", BLUE, "entities"), ("relationship", VERMILION, "relationships")):
+        known = log.dropna(subset=f"{gold}_{item}_f1")
+        scores.plot(known["step"], known[f"{gold}_{item}_f1"], color=colour, marker=".", label=label)
+    scores.set(xlabel="step", ylabel=f"exact-match F1, {gold}")
+    for column, colour, label in (("parse_rate", GREEN, "parse"), ("eos_rate", ORANGE, "end by themselves")):
+        shares.plot(log["step"], log[column], color=colour, marker=".", label=label)
+    shares.set(xlabel="step", ylabel="share of sampled reports", ylim=(None, 1.005))
+    lengths.plot(log["step"], log["length"], color=PURPLE, marker=".")
+    lengths.set(xlabel="step", ylabel="tokens of a sampled report", ylim=(0, None))
+    for axis in (scores, shares):
+        axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def updates_by_step(log: "pd.DataFrame") -> "Figure":
+    """Draw the health of the updates of `ppo.train`: explained variance, clip fraction, entropy."""
+    figure, axes = _axes("Are the updates sound?", width=11.0, columns=3)
+    drawn = (
+        ("explained_variance", BLUE, "variance of returns explained"),
+        ("clip_fraction", VERMILION, "share of tokens clipped"),
+        ("entropy", GREEN, "entropy of a token (nats)"),
+    )
+    for axis, (column, colour, label) in zip(axes, drawn, strict=True):
+        known = log.dropna(subset=column)
+        axis.plot(known["step"], known[column], color=colour, marker=".")
+        axis.set(xlabel="step", ylabel=label)
+    axes[0].axhline(0, color="black", linewidth=0.8)
+    axes[1].set_ylim(0, None)
+    axes[2].set_ylim(0, None)
+    return figure
+
+
+def seconds_by_step(log: "pd.DataFrame") -> "Figure":
+    """Draw the seconds of generation, scoring and update, stacked, by step of `ppo.train`."""
+    figure, (axis,) = _axes("Where does the time go?")
+    steps, bottom = range(len(log)), log["step"] * 0.0
+    for part, colour in (("generation", SKY), ("scoring", ORANGE), ("update", BLUE)):
+        seconds = log[f"seconds_{part}"].fillna(0)
+        axis.bar(steps, seconds, bottom=bottom, color=colour, label=part)
+        bottom = bottom + seconds
+    axis.set(xlabel="step", ylabel="seconds")
+    axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+# -- 08 alternatives ----------------------------------------------------------------------------------------------
+
+
+def alternatives(dpo: "pd.DataFrame", rloo: "pd.DataFrame") -> "Figure":
+    """Draw the logs of `preference.dpo` (reward margin, accuracy) and `preference.rloo` (reward, KL) by step."""
+    figure, axes = _axes("Do DPO and RLOO learn?", width=12.0, columns=4)
+    panels = [
+        (dpo, "rewards/margins", "DPO: margin of chosen over rejected", BLUE),
+        (dpo, "rewards/accuracies", "DPO: share of pairs with a margin above 0", BLUE),
+        (rloo, "reward", "RLOO: reward of the samples", VERMILION),
+        (rloo, "kl", "RLOO: KL from the start, nats a token", VERMILION),
+    ]
+    for axis, (log, column, label, colour) in zip(axes, panels, strict=True):
+        axis.plot(log["step"], log[column], color=colour, alpha=0.35)
+        axis.plot(log["step"], log[column].rolling(5, min_periods=1).mean(), color=colour)  # single steps are noisy
+        axis.set(xlabel="step, line: mean of 5")
+        axis.set_title(label, fontsize=9, loc="left")
+    return figure
+
+
+def frontier(points: "pd.DataFrame") -> "Figure":
+    """One panel a measure, against the root of the KL: columns method, kl (nats), measure, value, low, high.
+
+    The points of a method are joined in order; the root makes the start of each curve a straight line (2210.10760).
+    """
+    measures = list(dict.fromkeys(points["measure"]))
+    figure, axes = _axes("What does each nat of KL buy?", width=1.0 + 4.6 * len(measures), columns=len(measures))
+    for axis, measure in zip(axes, measures, strict=True):
+        rows = points[points["measure"] == measure]
+        for place, (name, line) in enumerate(rows.groupby("method", sort=False)):
+            colour, marker = (GREY, BLUE, VERMILION, GREEN)[place % 4], "Dos^"[place % 4]
+            spread = [line["value"] - line["low"], line["high"] - line["value"]]
+            root = line["kl"].clip(lower=0) ** 0.5  # an estimate of nearly no KL can fall below 0
+            axis.errorbar(root, line["value"], spread, color=colour, marker=marker, capsize=3, label=name)
+        axis.set(xlabel="root of the KL from the start (nats a report)", ylabel=f"{measure}, 95 % interval")
+    axes[0].legend(fontsize=8, frameon=False)
+    return figure
+
+
+def costs(table: "pd.DataFrame") -> "Figure":
+    """One panel a column, one bar a row, each bar with its value."""
+    figure, axes = _axes(
+        "What does each method cost?", width=11.0, height=1.4 + 0.4 * len(table), columns=table.shape[1]
+    )
+    for axis, column in zip(axes, table, strict=True):
+        bars = axis.barh(range(len(table)), table[column], 0.6, color=BLUE)
+        axis.bar_label(bars, fmt="{:,.0f}", fontsize=8, padding=2)
+        axis.set_yticks(range(len(table)), table.index if axis is axes[0] else [""] * len(table))
+        axis.set(xlabel=column)
+        axis.margins(x=0.2)
+        axis.invert_yaxis()
+    return figure
+
+
+# -- 09 rounds ----------------------------------------------------------------------------------------------------
+
+
+def by_round(frame: "pd.DataFrame", *, title: str) -> "Figure":
+    """One panel a measure, one line a series, by round: columns round, measure, series, value, low, high."""
+    measures = list(dict.fromkeys(frame["measure"]))
+    figure, axes = _axes(title, width=0.6 + 3.6 * len(measures), columns=len(measures))
+    for axis, measure in zip(axes, measures, strict=True):
+        rows = frame[frame["measure"] == measure]
+        for place, (name, line) in enumerate(rows.groupby("series", sort=False)):
+            colour, marker = (BLUE, VERMILION, GREEN, PURPLE)[place % 4], "os^D"[place % 4]
+            spread = [line["value"] - line["low"], line["high"] - line["value"]]
+            at = line["round"] + 0.06 * place  # side by side, so that no interval hides another
+            axis.errorbar(at, line["value"], spread, color=colour, marker=marker, capsize=3, label=name)
+        axis.set(xlabel="round", ylabel="95 % interval", xticks=sorted(set(rows["round"])))
+        axis.set_title(measure, fontsize=9)
+        if "share" in measure:
+            axis.set_ylim(-0.02, 1.02)
+        axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+# -- 10 blind test ------------------------------------------------------------------------------------------------
+
+
+def power(planned: "pd.DataFrame", *, n: int, target: float) -> "Figure":
+    """Draw power by number of documents, one line a column (a significance level); `n` is the number taken."""
+    figure, (axis,) = _axes("How many documents does the question need?")
+    for column, colour, line in zip(planned, (BLUE, VERMILION, GREEN), ("-", "--", ":"), strict=False):
+        axis.plot(planned.index, planned[column], color=colour, linestyle=line, label=column)
+    axis.axhline(target, color=GREY, linewidth=1, linestyle=":")
+    axis.axvline(n, color="black", linewidth=1)
+    axis.annotate(f" taken: {n}", (n, 0.03), xycoords=("data", "axes fraction"))
+    axis.set(xlabel="documents", ylabel="power of the sign test", ylim=(-0.02, 1.02))
+    axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def outcomes(table: "pd.DataFrame", *, title: str) -> "Figure":
+    """One bar a row: shares won, tied and lost (`win`, `tie`, `loss`), with the interval of the first and the last."""
+    figure, (axis,) = _axes(title, width=8.0, height=1.5 + 0.45 * len(table))
+    for height, (_, row) in enumerate(table.iterrows()):
+        left = 0.0
+        for share, colour in (("win", BLUE), ("tie", YELLOW), ("loss", VERMILION)):
+            axis.barh(height, row[share], 0.6, left=left, color=colour, label=share if height == 0 else None)
+            axis.text(left + row[share] / 2, height, f"{row[share]:.0%}", ha="center", va="center", fontsize=8)
+            left += row[share]
+        axis.plot([row["win_low"], row["win_high"]], [height - 0.2] * 2, color="black", linewidth=1.5)
+        axis.plot([1 - row["loss_high"], 1 - row["loss_low"]], [height + 0.2] * 2, color="black", linewidth=1.5)
+    axis.set_yticks(range(len(table)), table.index)
+    axis.set(xlabel="share of documents; black: 95 % interval of each border", xlim=(0, 1))
+    axis.set_ylim(len(table) - 0.5, -0.5)
+    axis.legend(fontsize=8, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
+def fault_rates(frame: "pd.DataFrame") -> "Figure":
+    """One group of points a fault, one point a system with its interval: columns name, measure, value, low, high."""
+    names, measures = list(dict.fromkeys(frame["name"])), list(dict.fromkeys(frame["measure"]))
+    figure, (axis,) = _axes("Which faults went away?", width=8.0, height=1.4 + 0.5 * len(measures))
+    for place, (name, colour, marker) in enumerate(zip(names, (GREY, SKY, BLUE, VERMILION), "Dso^", strict=False)):
+        rows = frame[frame["name"] == name].set_index("measure").loc[measures]
+        spread = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
+        height = [row + 0.2 * (place - (len(names) - 1) / 2) for row in range(len(measures))]
+        axis.errorbar(rows["value"], height, xerr=spread, color=colour, marker=marker, linestyle="", label=name)
+    axis.set_yticks(range(len(measures)), measures)
+    axis.set(xlabel="faults a document, 95 % interval", xlim=(0, None))
+    axis.invert_yaxis()
+    axis.legend(fontsize=8, frameon=False, loc="lower right")
+    return figure
+
+
+# -- 13 benchmarks ------------------------------------------------------------------------------------------------
+
+
+def stacked(frame: "pd.DataFrame", *, parts: "list[str]", unit: str, title: str) -> "Figure":
+    """One panel a `size`, one bar a `side`, stacked from the columns `parts`, which are in `unit`."""
+    sizes, sides = list(dict.fromkeys(frame["size"])), list(dict.fromkeys(frame["side"]))
+    figure, axes = _axes(title, width=2.0 + 3.6 * len(sizes), height=1.8 + 0.4 * len(sides), columns=len(sizes))
+    for axis, size in zip(axes, sizes, strict=True):
+        rows = frame[frame["size"] == size].set_index("side").loc[sides]
+        left = rows[parts[0]] * 0
+        for part, colour in zip(parts, (SKY, YELLOW, BLUE, GREY), strict=False):
+            axis.barh(range(len(sides)), rows[part], 0.6, left=left, color=colour, label=part)
+            left = left + rows[part]
+        axis.set_yticks(range(len(sides)), sides if axis is axes[0] else [""] * len(sides))
+        axis.invert_yaxis()
+        axis.set(xlabel=f"{unit}, model of {size} parameters", xlim=(0, None))
+    axes[0].legend(fontsize=8, frameon=False, ncols=len(parts), loc="lower left", bbox_to_anchor=(0.0, 1.0))
+    return figure

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import metrics, models
-from .schema import Parsed, Report, parse_compact, parse_json, to_compact, to_json
+from .schema import Parsed, Report, ask, parse_compact, parse_json, to_compact, to_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"  # ids 0, 1, 2
 # One newline a token: a blank line is always the same two tokens, and no token spans the border of prompt and report.
 _WORDS = r"\n|\p{N}|\p{Lu}\p{L}*| ?\p{Ll}+| ?[^\s\p{L}\p{N}]+|[^\S\n]+?(?= ?\S)|[^\S\n]+|\p{L}+|\s"
+FINISHED = "finished.json"  # written last: the settings' key and the log
 _POOL = 2048  # rows sorted by length at a time
 
 
@@ -193,28 +194,32 @@ def train(
     sequence_length: int = 512,
     long_sequence_length: int = 2048,
     long_share: float = 0.15,
-    batch_tokens: int = 8192,
-    prompt_loss_weight: float = 0.2,
+    batch_tokens: int = 2048,
+    prompt_loss_weight: float = 0.1,
     learning_rate: float = 2e-3,
     warmup_share: float = 0.02,
     seed: int = 0,
     threads: int = 1,
     bf16: bool = True,
-    log_every: int = 20,
+    log_every: int = 50,
     save_seconds: float = 120,
     evaluate: Callable[["LlamaForCausalLM"], dict[str, float]] | None = None,
     evaluate_every: int = 1_000_000,
 ) -> "pd.DataFrame":
     """Train on `tokens` real tokens (AdamW, warm-up, cosine decay to 10 %); fp32 weights and tokenizer end in `out`.
 
-    Resumes from `out/checkpoint.pt` when killed: the same rows in the same order are needed and are read past.
-    `evaluate` is called every `evaluate_every` tokens and its figures join the log. Returns the log, one row every
-    `log_every` steps; progress with the time left goes to `out/train.log`.
+    Resumes from `out/checkpoint.pt` when killed: the same rows in the same order are needed and are read past. A model
+    that was finished with the same settings is kept, and its log returned. `evaluate` is called every `evaluate_every`
+    tokens and its figures join the log. Returns the log, one row every `log_every` steps; progress with the time left
+    goes to `out/train.log`.
     """
     import pandas as pd
 
     settings = {k: v for k, v in locals().items() if isinstance(v, int | float | str) and k not in _HARMLESS}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + tokenizer.backend_tokenizer.to_str().encode())
+    finished = out / FINISHED
+    if finished.exists() and json.loads(finished.read_text(encoding="utf-8"))["key"] == key.hexdigest():
+        return pd.DataFrame(json.loads(finished.read_text(encoding="utf-8"))["log"])
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     model = new_model(
@@ -276,6 +281,7 @@ def train(
     model.eval().set_attn_implementation("sdpa")
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    finished.write_text(json.dumps({"key": key.hexdigest(), "log": state["log"]}), encoding="utf-8")
     (out / "checkpoint.pt").unlink(missing_ok=True)
     return pd.DataFrame(state["log"])
 
@@ -346,8 +352,8 @@ def read(
 ) -> list[Parsed]:
     """Extract from documents after `shown` examples `(document, report)` in that text form, without instructions."""
     write, parse = (to_json, parse_json) if form == "json" else (to_compact, parse_compact)
-    before = "".join(f"Document:\n{text}\nReport:\n{write(report)}\n\n" for text, report in shown)
-    asked = [f"{before}Document:\n{text}\nReport:\n" for text in documents]
+    before = "".join(f"{ask(text)}\n{write(report)}\n\n" for text, report in shown)
+    asked = [f"{before}{ask(text)}\n" for text in documents]
     written = models.generate(model, tokenizer, asked, max_new_tokens=max_new_tokens)
     return [parse(completion.text, document=text) for completion, text in zip(written, documents, strict=True)]
 

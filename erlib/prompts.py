@@ -23,6 +23,7 @@ from .schema import (
     Kind,
     Parsed,
     Report,
+    ask,
     parse_compact,
     parse_json,
     to_compact,
@@ -157,8 +158,8 @@ class ReportAdapter(dspy.Adapter):
     def _messages(self, text: str, shown: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
         messages = [{"role": "system", "content": self.system}]
         for document, report in shown:
-            messages += [{"role": "user", "content": _ask(document)}, {"role": "assistant", "content": report}]
-        return [*messages, {"role": "user", "content": _ask(text)}]
+            messages += [{"role": "user", "content": ask(document)}, {"role": "assistant", "content": report}]
+        return [*messages, {"role": "user", "content": ask(text)}]
 
     def format(self, signature: type[dspy.Signature], demos: list, inputs: dict) -> list[dict[str, str]]:
         """DSPy's entrance to `messages`; demos are examples with the fields `document` and `report`."""
@@ -167,10 +168,6 @@ class ReportAdapter(dspy.Adapter):
     def parse(self, signature: type[dspy.Signature], completion: str) -> dict[str, str]:
         """DSPy's exit: the answer as it is, for `read`."""
         return {"report": completion}
-
-
-def _ask(text: str) -> str:
-    return f"Document:\n{text}\nReport:"
 
 
 def example(exemplar: Exemplar, adapter: ReportAdapter) -> dspy.Example:

@@ -1,9 +1,10 @@
 """Offline HTML: one report for each executed notebook, and an index that is built from manifests alone."""
 
+import re
 from pathlib import Path
 from typing import Any
 
-from erlib.manifest import MANIFEST, PACKAGE, read_manifest, sha256, write_text
+from erlib.manifest import MANIFEST, PACKAGE, ROUND, read_manifest, sha256, write_text
 
 TEMPLATES = PACKAGE / "templates"
 TEXT_TAGS = {"a", "abbr", "b", "br", "code", "del", "em", "i", "img", "p", "pre", "span", "strong", "sub", "sup"}
@@ -26,8 +27,11 @@ def render(notebook: Path, folder: Path, html: Path) -> None:
         embed_images=True,
     )
     exporter.register_filter("clean_html", clean_html)  # nbconvert's own breaks tables and headings
+    round_number = _round(folder)
     resources = {
         "manifest": read_manifest(folder),
+        "round": round_number,
+        "index": "../index.html" if round_number else "index.html",
         "digest": sha256(folder / MANIFEST),
         "css": _css() + HtmlFormatter(style="default").get_style_defs(".highlight"),
         "metadata": {"path": str(notebook.parent)},
@@ -64,15 +68,29 @@ def is_current(html: Path, folder: Path) -> bool:
 
 
 def write_index(folder: Path) -> Path:
-    """Write `index.html` of a run folder: every phase's status, headline against target, seconds and links."""
+    """Write `index.html` of a run folder: every phase's status, headline against target, seconds and links.
+
+    Phases stand in the order in which they run: those of the rounds, by round, between those before and after them.
+    """
     import jinja2
 
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
-    manifests = [read_manifest(path.parent) for path in sorted(folder.glob(f"[0-9][0-9]_*/{MANIFEST}"))]
-    rows: list[dict[str, Any]] = [manifest for manifest in manifests if manifest]
+    found = [path.parent for place in ("", "round-*/") for path in folder.glob(f"{place}[0-9][0-9]_*/{MANIFEST}")]
+    found.sort(key=lambda path: (ROUND[0] if _round(path) else path.name[:2], _round(path) or 0, path.name))
+    rows: list[dict[str, Any]] = [
+        {**manifest, "label": path.relative_to(folder).as_posix(), "round": _round(path)}
+        for path in found
+        if (manifest := read_manifest(path))
+    ]
     index = folder / "index.html"
     write_text(index, environment.get_template("index.html.j2").render(run=folder.name, css=_css(), rows=rows))
     return index
+
+
+def _round(folder: Path) -> int | None:
+    """Read the round of a phase's folder; None outside the rounds."""
+    match = re.fullmatch(r"round-(\d+)", folder.parent.name)
+    return int(match[1]) if match else None
 
 
 def _css() -> str:

@@ -23,9 +23,11 @@ from filelock import FileLock, Timeout
 from erlib.manifest import (
     MANIFEST,
     ROOT,
+    ROUND,
     RunError,
     checked,
     dependencies,
+    folders,
     hash_folder,
     parameters,
     read_manifest,
@@ -110,7 +112,19 @@ def environment(*, allow_download: bool = False) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's python3 kernel, not the user's
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "TQDM_DISABLE": "1",  # a report keeps every state of a bar
     }
+
+
+def _quieten() -> None:
+    """Keep out of the reports what libraries say of themselves; what a phase has to say it prints."""
+    import logging
+    import warnings
+
+    for message in ("IProgress not found", ".*gradient_checkpointing. is deprecated"):
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("bitsandbytes.backends.cpu.ops", "dspy.clients.lm"):  # no fast kernel; cut-off answers, which we count
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def commit() -> str | None:
@@ -249,14 +263,14 @@ def _values(name: str, notebook: Path, namespace: Mapping[str, Any]) -> dict[str
 
 
 def _refuse_incomplete(name: str, values: Mapping[str, Any]) -> None:
-    for key, value in values.items():
-        if key.endswith("_dir") and value:
-            status = (read_manifest(value) or {}).get("status", "not complete")
-            if status not in ("done", "failed_gate"):
-                raise RunError(
-                    f"{name}: `{key}` = {value!r} is {status}. Run that phase first, or point `{key}` at a complete "
-                    f"one, such as runs/default/{Path(value).name}"
-                )
+    for key, folder in folders(values):
+        status = (read_manifest(folder) or {}).get("status", "not complete")
+        if status not in ("done", "failed_gate"):
+            phase = Path(folder).name
+            raise RunError(
+                f"{name}: `{key}` = {folder!r} is {status}. Run that phase first, or point `{key}` at a complete one, "
+                f"such as runs/default/{'round-1/' if phase.startswith(ROUND) else ''}{phase}"
+            )
 
 
 def start(name: str, namespace: Mapping[str, Any], *, simulated: bool = False) -> Phase:
@@ -269,6 +283,7 @@ def start(name: str, namespace: Mapping[str, Any], *, simulated: bool = False) -
     values = _values(name, notebook, namespace)
     os.chdir(ROOT)
     os.environ.update(environment(allow_download=values.get("allow_download", False)))
+    _quieten()
     _refuse_incomplete(name, values)
     known = dependencies(notebook, values)
     out = ROOT / values["out"]

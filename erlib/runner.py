@@ -48,6 +48,7 @@ def execute(job: Job) -> dict[str, Any]:
     from traitlets.config import Config
 
     began, problem = time.monotonic(), "the notebook ended without phase.finish"
+    job.out.parent.mkdir(parents=True, exist_ok=True)
     job.html.unlink(missing_ok=True)
     os.environ.update(environment(allow_download=job.values.get("allow_download", False)))
     try:
@@ -100,8 +101,8 @@ def _write_error(job: Job, problem: str, seconds: float) -> dict[str, Any]:
 # -- showing ------------------------------------------------------------------------------------------------------
 
 
-def _line(name: str, status: str, detail: str) -> Text:
-    text = Text(f"{name[:2]} {name[3:]:<16}")
+def _line(label: str, status: str, detail: str) -> Text:
+    text = Text(f"{label:<25}")
     return text.append(f"{status.replace('_', ' '):<12}", style=STYLES.get(status, "bold")).append(detail)
 
 
@@ -113,7 +114,7 @@ def _progress(console: Console, job: Job, expected: float | None) -> Iterator[No
     def line() -> Text:
         seconds = time.monotonic() - began
         left = f", about {expected - seconds:.0f} s left" if expected and expected > seconds else ""
-        return _line(job.name, "running", f"{seconds:7.0f} s{left}")
+        return _line(job.label, "running", f"{seconds:7.0f} s{left}")
 
     with Live(get_renderable=line, console=console, refresh_per_second=2, transient=True):
         yield
@@ -156,7 +157,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            status = _run_all(chosen, force, past_gates, console)
+            status = _run_all(chosen, folder, force, past_gates, console)
             index = report.write_index(folder)
     except Timeout:
         raise RunError(f"another run is at work in {shown(folder)}: wait for it or stop it") from None
@@ -167,17 +168,17 @@ def run(
 def _dry_run(jobs: list[Job], force: bool, past_gates: bool, console: Console) -> None:
     running: set[str] = set()
     for job in jobs:
-        before = next((name for name in job.upstream if name in running), None)
+        before = next((label for label in job.upstream if label in running), None)
         why = "forced" if force else reason(job, past_gates=past_gates)
         why = why or (f"{before} runs before it" if before else None)
         if why:
-            running.add(job.name)
-        console.print(_line(job.name, "would run" if why else "skipped", why or "same key, outputs intact"))
+            running.add(job.label)
+        console.print(_line(job.label, "would run" if why else "skipped", why or "same key, outputs intact"))
         if why:
             console.print(Text(command(job), style="dim"), soft_wrap=True)
 
 
-def _run_all(jobs: list[Job], force: bool, past_gates: bool, console: Console) -> str:
+def _run_all(jobs: list[Job], folder: Path, force: bool, past_gates: bool, console: Console) -> str:
     """Run the phases in order until one does not end `done`; gives the status that the run ends with.
 
     With `past_gates`, failed gates do not stop the run; they stay failed, and so does the run.
@@ -190,13 +191,13 @@ def _run_all(jobs: list[Job], force: bool, past_gates: bool, console: Console) -
                 ends_with = "failed_gate"
             if not report.is_current(job.html, job.out):
                 report.render(job.executed, job.out, job.html)
-            console.print(_line(job.name, "skipped", "same key, outputs intact"))
+            console.print(_line(job.label, "skipped", "same key, outputs intact"))
             continue
-        console.print(_line(job.name, "starts", why), Text(command(job), style="dim"), sep="\n", soft_wrap=True)
+        console.print(_line(job.label, "starts", why), Text(command(job), style="dim"), sep="\n", soft_wrap=True)
         with _progress(console, job, (read_manifest(job.out) or {}).get("seconds")):
             manifest = execute(job)
-        report.write_index(job.out.parent)
-        console.print(_line(job.name, manifest["status"], _verdict(manifest)))
+        report.write_index(folder)
+        console.print(_line(job.label, manifest["status"], _verdict(manifest)))
         if past_gates and manifest["status"] == "failed_gate":
             ends_with = "failed_gate"
         elif manifest["status"] != "done":

@@ -39,6 +39,7 @@ Text = Annotated[str, AfterValidator(_encodable), AfterValidator(str.strip)]
 Name = Annotated[Text, AfterValidator(_filled)]
 
 EMPTY = "none"
+ASPECTS = ("entities", "relationships", "summaries")  # what annotators compare two reports by
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -185,6 +186,11 @@ class Parsed(NamedTuple):
     def valid(self) -> bool:
         """True when nothing was unparsable: the parse-valid rate counts these."""
         return not any(defect.kind == "unparsable" for defect in self.defects)
+
+
+def ask(text: str) -> str:
+    """Word the question about a document, the same in pre-training, prompts and serving; the report is the answer."""
+    return f"Document:\n{text}\nReport:"
 
 
 # -- compact form -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import functools
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from zlib import crc32
 
 from . import corpus
 from .posts import Mention, Post, Story, Truth, invent_handle, invent_name, invent_url, inventory
-from .schema import Brief, Document, Exemplar, to_compact, to_json
+from .schema import Brief, Document, Exemplar, ask, to_compact, to_json
 
 START = datetime(2025, 1, 1, tzinfo=UTC)
 MINUTES_PER_DOCUMENT = 15  # 20,000 documents cover seven months
@@ -36,6 +36,7 @@ YEAR_MINUTES = 365 * 24 * 60
 BASE_EXPOSURE, STREAM_EXPOSURE = 0.8, 0.92
 KINDS = ("microblog", "forum", "headline", "review", "chat", "press")
 OUT_OF_DISTRIBUTION_KIND = "transcript"
+PARTS = ("stream", "gold", "fresh", "ood")  # what ids of documents start with
 
 
 class Sample(NamedTuple):
@@ -90,6 +91,17 @@ class World:
     def out_of_distribution(self, n: int) -> list[Sample]:
         """Make `n` posts of a kind, and with phrasings, that the stream never has."""
         return [self._sample("ood", i) for i in range(n)]
+
+    def find(self, ids: Iterable[str]) -> list[Sample]:
+        """Make the posts of these ids, such as `stream-000123` or `gold-007`; raises LookupError for any other id."""
+        found = []
+        for name in ids:
+            part, _, number = name.rpartition("-")
+            sample = self._sample(part, int(number)) if part in PARTS and number.isdecimal() else None
+            if sample is None or sample.document.id != name:
+                raise LookupError(f"{name!r} is no document of the embedded world; ids start with {', '.join(PARTS)}")
+            found.append(sample)
+        return found
 
     # -- stories ------------------------------------------------------------------------------------------------
 
@@ -240,7 +252,7 @@ def generic_rows(world: World, *, long_share: float = 0.035) -> Iterator[dict]:
             document, truth = world._sample("stream", index)
             index += 1
             blank = "\n\n" if parts else ""
-            parts.append((f"{blank}Document:\n{corpus.clean(document.text)}\nReport:\n", False))
+            parts.append((f"{blank}{ask(corpus.clean(document.text))}\n", False))
             parts.append((write(truth.generic_report), True))
         yield {"parts": parts}
 

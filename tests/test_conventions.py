@@ -14,18 +14,32 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from erlib.manifest import PACKAGE, ROOT, parameters
-from erlib.plan import check_params, discover, skipped
+from erlib.manifest import PACKAGE, ROOT, folders, parameters
+from erlib.plan import check_params, discover, rounds, skipped
 
 # A module imports only modules to its left. `plots` turns DataFrames into figures and knows no other module.
 IMPORT_ORDER = [
     *("manifest", "run", "report", "plan", "runner"),
-    *("schema", "metrics", "corpus", "posts", "synthetic", "simulated"),
+    *("schema", "metrics", "agreement", "corpus", "posts", "synthetic", "simulated", "panel"),
     *("prompts", "exemplars", "teacher", "diversity"),
     *("models", "pretrain", "sft"),
+    *("sampling", "store", "annotation", "reward", "fidelity"),
+    *("monitor", "losses", "multiadapter", "rollouts", "ppo", "preference"),
+    *("blindtest", "peer", "benchmark"),
     *("plots", "__main__"),
 ]
-NEEDS_TORCH = {"models", "pretrain", "sft"}
+NEEDS_TORCH = {
+    "models",
+    "pretrain",
+    "sft",
+    "sampling",
+    "reward",
+    "losses",
+    "multiadapter",
+    "rollouts",
+    "ppo",
+    "preference",
+}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = sorted(PACKAGE.glob("*.py"))
 PARAMS = sorted(path for path in (ROOT / "params").glob("*.yml") if path.name != "brief.yml")
@@ -96,9 +110,10 @@ def test_the_parameters_cell_explains_each_literal_and_reads_only_earlier_phases
     assert values["out"] == f"runs/manual/{notebook.stem}"
     assert isinstance(values["seed"], int)
     earlier = {f"{path.stem[3:]}_dir": path.stem for path in NOTEBOOKS if path.stem < notebook.stem}
-    for name, value in values.items():
-        if name.endswith("_dir") and value:
-            assert value == f"runs/manual/{earlier[name]}"
+    for name, folder in folders(values):
+        phase = earlier[name.removesuffix("s")]
+        place = r"(round-\d+/)?" if name.endswith("_dirs") else ""
+        assert re.fullmatch(rf"runs/manual/{place}{phase}", folder), f"{name} = {folder!r}"
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=stem)
@@ -114,6 +129,7 @@ def test_params_files_fit_the_notebooks(params: Path) -> None:
     phases = discover(ROOT / "notebooks")
     check_params(params, phases)
     skipped(params, list(phases))
+    assert rounds(params) >= 1
 
 
 # -- modules ------------------------------------------------------------------------------------------------------

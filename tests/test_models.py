@@ -131,7 +131,7 @@ class Scripted:
 )
 def test_stops_at_the_end_token_or_a_blank_line(model, tokenizer, written, text, finished):
     script = Scripted(model, tokenizer, written)
-    found = models.generate(script, tokenizer, ["Korvex", "Korvex"], max_new_tokens=10)
+    found = models.generate(script, tokenizer, ["Korvex a", "Korvex b"], max_new_tokens=10)
     assert [(completion.text, completion.finished) for completion in found] == [(text, finished)] * 2
 
 
@@ -230,6 +230,61 @@ def test_a_quantised_base_is_refused(merged, tmp_path):
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}}))
     with pytest.raises(ValueError, match="full-precision"):
         models.merge_adapter(base, adapter, tmp_path / "again")
+
+
+# -- 4-bit checkpoints --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory):
+    """Folders of a merged checkpoint whose linear layers are large enough to show in its size, and of its NF4 form."""
+    folder = tmp_path_factory.mktemp("four-bit")
+    tokenizer = pretrain.train_tokenizer(TEXTS * 4, vocab_size=300)
+    shape = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = pretrain.new_model(tokenizer, seed=0, max_position_embeddings=256, initializer_range=0.1, **shape)
+    model.save_pretrained(folder / "merged")
+    tokenizer.save_pretrained(folder / "merged")
+    record = {"merged": models.fingerprint(folder / "merged")}
+    (folder / "merged" / models.MERGE_RECORD).write_text(json.dumps(record))
+    return folder / "merged", folder / "nf4", models.quantise(folder / "merged", folder / "nf4")
+
+
+def test_a_checkpoint_in_nf4_is_smaller_and_says_where_it_comes_from(quantised):
+    merged, folder, record = quantised
+    assert record.checkpoint == models.fingerprint(merged) and record.quantised == models.fingerprint(folder)
+    assert (record.method, record.compute_dtype) == ("nf4", "float32")
+    assert record.bytes == (folder / "model.safetensors").stat().st_size
+    assert record.checkpoint_bytes == (merged / "model.safetensors").stat().st_size
+    assert record.bytes < 0.35 * record.checkpoint_bytes
+    assert models.Quantised(**json.loads((folder / models.QUANTISATION_RECORD).read_text())) == record
+
+
+def test_the_saved_nf4_model_is_the_one_that_loading_in_nf4_makes(quantised):
+    from bitsandbytes.nn import Linear4bit
+
+    merged, folder, _ = quantised
+    saved, tokenizer = models.load(folder)
+    made, _ = models.load(merged, quantisation="nf4")
+    layer = saved.model.layers[0].mlp.up_proj
+    assert isinstance(layer, Linear4bit) and layer.weight.quant_type == "nf4"
+    ids = torch.tensor([tokenizer(TEXTS[0])["input_ids"]])
+    with torch.no_grad():
+        assert torch.equal(saved(input_ids=ids).logits, made(input_ids=ids).logits)
+        x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+        wanted = models.load(merged)[0].model.layers[0].mlp.up_proj(x)
+        error = (layer(x) - wanted).norm() / wanted.norm()
+    assert error == pytest.approx(0.09, abs=0.02)  # of normal weights in blocks of 64 (2305.14314)
+    found = models.generate(saved, tokenizer, TEXTS, max_new_tokens=8, stop=())
+    assert [list(completion.ids) for completion in found] == [plain_greedy(saved, tokenizer, t, 8) for t in TEXTS]
+
+
+def test_an_nf4_checkpoint_is_no_start_for_training_and_only_a_merged_one_becomes_it(quantised, merged, tmp_path):
+    _, folder, _ = quantised
+    base, *_ = merged
+    with pytest.raises(ValueError, match="not a merged checkpoint"):
+        models.require_merged(folder)
+    with pytest.raises(ValueError, match="not a merged checkpoint"):
+        models.quantise(base, tmp_path / "nf4")
 
 
 def test_a_missing_model_is_told_how_to_be_had(tmp_path):

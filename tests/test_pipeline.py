@@ -1,31 +1,52 @@
-"""The whole chain in the smoke profile, through the real runner, as a user starts it."""
+"""The whole chain in the smoke profile, with two rounds, through the real runner, as a user starts it."""
 
 import json
 import re
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 
+from erlib import annotation, models, sampling
+
 ROOT = Path(__file__).parent.parent
-PHASES = ["01_prompts", "02_corpus", "03_sft"]
+ROUNDS = ("round-1", "round-2")
+EACH_ROUND = ("04_sampling", "05_annotation", "06_reward_model", "07_ppo")
+PHASES = [
+    *("01_prompts", "02_corpus", "03_sft"),
+    *(f"{place}/{phase}" for place in ROUNDS for phase in EACH_ROUND),
+    *("08_alternatives", "09_rounds", "10_blind_test"),
+]
 METRICS = {
     "01_prompts": {"frontier_entity_f1", "frontier_relationship_f1", "local_entity_f1", "selected_minus_random"},
     "02_corpus": {"recall_at_k", "giant_component_share", "isolated_share", "diversity_gain"},
     "03_sft": {"base_entity_f1", "sft_entity_f1", "sft_relationship_f1", "frontier_entity_f1", "gap_closed"},
-}
+    "04_sampling": {"temperature", "pairs", "leaks", "identical_pairs_dropped"},
+    "05_annotation": {"agreement", "alpha", "tie_rate", "labels"},
+    "06_reward_model": {
+        "accuracy", "accuracy_low", "accuracy_high", "agreement", "ceiling_low", "ceiling_high", "ece"
+    },
+    "07_ppo": {
+        "kl", "reward_mean", "gold_entity_f1", "gold_relationship_f1", "parse_rate", "guard_events", "step_seconds"
+    },
+    "08_alternatives": set(),
+    "09_rounds": set(),
+    "10_blind_test": {
+        "policy_win_rate", "frontier_win_rate", "tie_rate", "n", "sign_test_p", "policy_gold_entity_f1",
+        "frontier_gold_entity_f1",
+    },
+}  # fmt: skip
 KEYS = {
     "phase", "status", "params", "verdict", "metrics", "inputs", "outputs", "seconds", "peak_rss_mb", "versions", "seed"
 }  # fmt: skip
-
-
 VERDICT = {"check", "value", "low", "high", "target", "ok"}
 
 
 def erlib(*arguments, runs):
     command = [sys.executable, "-m", "erlib", "run", "params/smoke.yml", "--runs", str(runs), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
 
 
 @pytest.fixture(scope="module")
@@ -36,23 +57,36 @@ def runs(tmp_path_factory):
     return folder
 
 
-def manifest(runs, phase):
-    return json.loads((runs / "smoke" / phase / "manifest.json").read_text(encoding="utf-8"))
+@pytest.fixture(scope="module")
+def smoke(runs):
+    return runs / "smoke"
+
+
+def manifest(smoke, phase):
+    return json.loads((smoke / phase / "manifest.json").read_text(encoding="utf-8"))
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# -- what every phase leaves --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_each_phase_ends_with_a_complete_manifest(runs, phase):
-    found = manifest(runs, phase)
+def test_each_phase_ends_with_a_complete_manifest(smoke, phase):
+    found = manifest(smoke, phase)
     assert found.keys() >= KEYS
+    assert found["phase"] == phase.split("/")[-1]
     assert found["status"] in ("done", "failed_gate")
-    assert found["metrics"].keys() >= METRICS[phase]
+    assert found["metrics"].keys() >= METRICS[found["phase"]]
     assert found["verdict"] and all(row.keys() >= VERDICT for row in found["verdict"])
     assert found["simulated"] is True
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_reports_load_nothing_and_describe_every_figure(runs, phase):
-    page = (runs / "smoke" / f"{phase}.html").read_text(encoding="utf-8")
+def test_reports_load_nothing_and_describe_every_figure(smoke, phase):
+    page = (smoke / f"{phase}.html").read_text(encoding="utf-8")
     loaded = re.findall(r"""<(?:script|link|img|iframe)[^>]*(?:src|href)\s*=\s*["']([^"']+)""", page)
     assert not [url for url in loaded if not url.startswith(("data:", "#"))]
     images = re.findall(r"<img[^>]*>", page)
@@ -60,27 +94,96 @@ def test_reports_load_nothing_and_describe_every_figure(runs, phase):
     assert "simulated" in page
 
 
-def test_index_shows_every_phase(runs):
-    page = (runs / "smoke" / "index.html").read_text(encoding="utf-8")
-    for phase in PHASES:
-        assert phase in page and f"{phase}.html" in page
+def test_index_shows_every_phase(smoke):
+    page = (smoke / "index.html").read_text(encoding="utf-8")
+    assert re.findall(r'<a href="([^"]+)\.html">', page) == PHASES
 
 
-def test_the_fine_tuned_model_loads_with_plain_transformers(runs):
+def test_the_fine_tuned_model_loads_with_plain_transformers(smoke):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = runs / "smoke" / "03_sft" / "merged"
+    folder = smoke / "03_sft" / "merged"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("Brinvex Labs has acquired Tamulia.\n=>\n", return_tensors="pt")
     written = model.generate(**ids, max_new_tokens=24, do_sample=False)
     assert written.shape[1] > ids["input_ids"].shape[1]
 
 
-def test_a_second_run_has_nothing_to_do_and_a_forced_one_makes_the_same_files(runs):
-    before = {phase: manifest(runs, phase)["outputs"] for phase in PHASES}
+# -- what the rounds hand on --------------------------------------------------------------------------------------
+
+
+def starts(smoke):
+    """The merged checkpoint that each round starts from: SFT's, then that of the round before."""
+    return dict(zip(ROUNDS, (smoke / "03_sft/merged", smoke / "round-1/07_ppo/merged"), strict=True))
+
+
+@pytest.mark.parametrize("place", ROUNDS)
+def test_every_record_of_a_round_is_of_the_checkpoint_that_the_round_starts_from(smoke, place):
+    checkpoint = models.require_merged(starts(smoke)[place])
+    samples = sampling.read_samples(smoke / place / "04_sampling/samples.jsonl", checkpoint=checkpoint)
+    pairs = sampling.read_pairs(smoke / place / "04_sampling/pairs.jsonl", checkpoint=checkpoint)
+    labels = annotation.read_preferences(smoke / place / "05_annotation/preferences.jsonl", checkpoint=checkpoint)
+    assert json.loads((smoke / place / "06_reward_model/reward.json").read_text())["checkpoint"] == checkpoint
+    merge = json.loads((smoke / place / "07_ppo/merged/merge.json").read_text())
+    assert merge["base"] == checkpoint != merge["merged"]
+
+    texts = {sample.document.id: [completion.text for completion in sample.completions] for sample in samples}
+    splits = {sample.document.id: sample.split for sample in samples}
+    asked = {pair.id: pair for pair in pairs}
+    assert {label.pair_id for label in labels} == asked.keys()
+    for label in labels:
+        pair = asked[label.pair_id]
+        assert (label.a, label.b) == (texts[pair.document_id][pair.a], texts[pair.document_id][pair.b])
+        assert label.split == pair.split == splits[pair.document_id]
+
+
+def test_a_round_refuses_the_records_of_another(smoke):
+    later = models.require_merged(starts(smoke)["round-2"])
+    for read, path in {
+        sampling.read_samples: "04_sampling/samples.jsonl",
+        sampling.read_pairs: "04_sampling/pairs.jsonl",
+        annotation.read_preferences: "05_annotation/preferences.jsonl",
+    }.items():
+        with pytest.raises(ValueError, match=rf"{path}.*{later[:12]}"):
+            read(smoke / "round-1" / path, checkpoint=later)
+
+
+def test_no_document_is_used_twice(smoke):
+    used = {place: {row["document"]["id"] for row in rows(smoke / place / "04_sampling/samples.jsonl")}
+            for place in ROUNDS}  # fmt: skip
+    used["reports"] = {row["document"]["id"] for row in rows(smoke / "02_corpus/reports.jsonl")}
+    used["blind test"] = {row["document_id"] for row in rows(smoke / "10_blind_test/comparisons.jsonl")}
+    for one, other in combinations(used.values(), 2):
+        assert one and other and not one & other
+    groups = {row["id"]: (row["split"], row["group"]) for row in rows(smoke / "02_corpus/documents.jsonl")}
+    assert {groups[i][0] for i in used["blind test"]} == {"test"}
+    assert {groups[i][0] for place in ROUNDS for i in used[place]} == {"train"}
+
+
+def test_the_guard_has_its_reference_and_the_policy_in_four_bits_loads(smoke):
+    for place in ROUNDS:
+        table = (smoke / place / "06_reward_model/evaluation_rewards.csv").read_text().splitlines()
+        assert table[0] == "reward" and len(table) > 10
+    model, _ = models.load(smoke / "10_blind_test/policy_nf4")
+    assert model.is_loaded_in_4bit
+    packed = json.loads((smoke / "10_blind_test/policy_nf4/quantisation.json").read_text())
+    assert packed["checkpoint"] == models.require_merged(smoke / "round-2/07_ppo/merged")
+
+
+# -- again --------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_has_nothing_to_do(runs):
     again = erlib("--past-gates", "--dry-run", runs=runs)
     assert again.stdout.count("same key, outputs intact") == len(PHASES), again.stdout
-    for phase in PHASES:
-        forced = erlib("--only", phase, "--force", runs=runs)
-        assert forced.returncode in (0, 3), forced.stdout + forced.stderr
-        assert manifest(runs, phase)["outputs"] == before[phase]
+
+
+@pytest.mark.parametrize("phase", ["02_corpus", "03_sft", *(f"round-2/{phase}" for phase in EACH_ROUND)])
+def test_a_forced_phase_makes_the_same_files(runs, smoke, phase):
+    before = manifest(smoke, phase)["outputs"]
+    forced = erlib("--only", phase, "--force", runs=runs)
+    assert forced.returncode in (0, 3), forced.stdout + forced.stderr
+    after = manifest(smoke, phase)["outputs"]
+    timed = {"training_log.csv"} if phase.endswith("07_ppo") else set()  # it says how long each step took
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name] != before[name]} <= timed

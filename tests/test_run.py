@@ -35,12 +35,51 @@ def go(chain: Path, **options) -> tuple[int, str]:
 
 
 def words(printed: str) -> dict[str, str]:
-    """The last word on each phase: number → status and detail."""
-    return {line[:2]: line[19:].strip() for line in printed.splitlines() if re.match(r"\d\d \w", line)}
+    """The last word on each phase: "02" or "round-1/04" → status and detail."""
+    found = re.findall(r"^((?:round-\d+/)?\d\d)_\w+ +(.*?) *$", printed, flags=re.MULTILINE)
+    return dict(found)
 
 
 def outputs(chain: Path) -> dict[str, dict[str, str]]:
-    return {name: read_manifest(chain / "runs/tiny" / name)["outputs"] for name in ("01_make", "02_double", "03_total")}
+    found = sorted((chain / "runs/tiny").rglob("manifest.json"))
+    return {shown(path.parent, chain): read_manifest(path.parent)["outputs"] for path in found}
+
+
+def shown(path: Path, chain: Path) -> str:
+    return path.relative_to(chain / "runs/tiny").as_posix()
+
+
+@pytest.fixture
+def rounds(chain: Path) -> Path:
+    """A tiny project with two rounds: make → (draw → learn) × 2 → compare; each round goes on from the one before."""
+    (chain / "notebooks/02_double.ipynb").unlink()
+    (chain / "notebooks/03_total.ipynb").unlink()
+    write_notebook(
+        chain / "notebooks/04_draw.ipynb",
+        'out = "x/04_draw"\nmake_dir = "x/01_make"\nprevious_dir = ""\nround_number = 1\nseed = 0',
+        "from pathlib import Path\n" + START.format(name="04_draw"),
+        "start = Path(previous_dir) / 'model.txt' if previous_dir else Path(make_dir) / 'part/5.txt'",
+        "phase.path('drawn.txt').write_text(f'{start.read_text()} {round_number}')",
+        "phase.finish([run.check('round', round_number)], metrics={})",
+    )
+    write_notebook(
+        chain / "notebooks/07_learn.ipynb",
+        'out = "x/07_learn"\ndraw_dir = "x/04_draw"\nmost = 9\nround_number = 1\nseed = 0',
+        "from pathlib import Path\n" + START.format(name="07_learn"),
+        "phase.path('model.txt').write_text('learned ' + (Path(draw_dir) / 'drawn.txt').read_text())",
+        "phase.finish([run.check('round', round_number, target=f'<= {most}')], metrics={})",
+    )
+    write_notebook(
+        chain / "notebooks/08_compare.ipynb",
+        'out = "x/08_compare"\nlearn_dirs = ["x/07_learn"]\nlearn_dir = "x/07_learn"\nseed = 0',
+        "from pathlib import Path\n" + START.format(name="08_compare"),
+        "models = [(Path(folder) / 'model.txt').read_text() for folder in learn_dirs]\n"
+        "assert models[-1] == (Path(learn_dir) / 'model.txt').read_text()",
+        "phase.path('models.txt').write_text('; '.join(models))",
+        "phase.finish([run.check('models', len(models))], metrics={})",
+    )
+    (chain / "tiny.yml").write_text("rounds: 2\nall:\n  seed: 3\n")
+    return chain
 
 
 def edit(notebook: Path, old: str, new: str) -> None:
@@ -68,6 +107,12 @@ def edit(notebook: Path, old: str, new: str) -> None:
         ("01_make: 3\n", "section `01_make`: expected `name: value` lines, got 3"),
         ("- 01_make\n", "expected sections"),
         ("skip: [01_mkae]\n", "`skip`: no notebook `01_mkae`; did you mean `01_make`?"),
+        ("rounds: 0\n", "`rounds`: expected a whole number from 1 on, got 0"),
+        ("rounds: true\n", "`rounds`: expected a whole number from 1 on, got True"),
+        ("rounds: 2.0\n", "`rounds`: expected a whole number from 1 on, got 2.0"),
+        ("rounds:\n", "`rounds`: expected a whole number from 1 on, got {}"),
+        ("round: 2\n", "unknown section `round`; did you mean `rounds`?"),
+        ("all:\n  round_number: 2\n", "section `all`: `round_number` is set by the runner; remove it"),
         ("a: [", "tiny.yml"),
     ],
 )  # fmt: skip
@@ -180,6 +225,95 @@ def test_a_file_named_by_a_parameter_is_an_input(chain: Path) -> None:
     assert before["key"] != manifest.dependencies(notebook, values | {"seed": 1})["key"]
 
 
+# -- rounds -------------------------------------------------------------------------------------------------------
+
+ROUNDS = ["01", "round-1/04", "round-1/07", "round-2/04", "round-2/07", "08"]
+
+
+def test_rounds_repeat_their_phases_and_the_runner_fills_in_whose_folders_they_read(rounds: Path) -> None:
+    folder = rounds / "runs/tiny"
+    jobs = {job.label: job for job in plan(rounds / "tiny.yml", rounds / "notebooks", folder)}
+    assert [re.sub(r"_\w+$", "", label) for label in jobs] == ROUNDS
+    first, second, compare = jobs["round-1/04_draw"], jobs["round-2/04_draw"], jobs["08_compare"]
+    assert (first.values["previous_dir"], first.values["round_number"]) == ("", 1)
+    assert (second.values["previous_dir"], second.values["round_number"]) == (str(folder / "round-1/07_learn"), 2)
+    assert first.values["make_dir"] == second.values["make_dir"] == str(folder / "01_make")
+    assert jobs["round-2/07_learn"].values["draw_dir"] == str(folder / "round-2/04_draw")
+    assert second.upstream == ["01_make", "round-1/07_learn"]
+    assert compare.values["learn_dir"] == str(folder / "round-2/07_learn")
+    assert compare.values["learn_dirs"] == [str(folder / f"round-{number}/07_learn") for number in (1, 2)]
+
+    (rounds / "tiny.yml").write_text("08_compare:\n  learn_dirs: [elsewhere]\n")  # `rounds` is one unless it is set
+    jobs = plan(rounds / "tiny.yml", rounds / "notebooks", folder)
+    assert [job.label for job in jobs] == ["01_make", "round-1/04_draw", "round-1/07_learn", "08_compare"]
+    assert jobs[-1].values["learn_dirs"] == ["elsewhere"]
+    edit(rounds / "notebooks/08_compare.ipynb", r"learn_dirs = [\"x/07_learn\"]", "learn_dirs = []")
+    (rounds / "tiny.yml").write_text("")
+    jobs = plan(rounds / "tiny.yml", rounds / "notebooks", folder)
+    assert jobs[-1].values["learn_dirs"] == []  # empty in the notebook: the user's to fill
+
+
+def test_rounds_hand_on_rerun_and_are_chosen_by_name(rounds: Path) -> None:
+    with pytest.raises(RunError, match="round-1/07_learn reads `draw_dir`.*not complete"):
+        go(rounds, only="7")
+    with pytest.raises(RunError, match="08_compare reads `learn_dirs` = .*round-1/07_learn, which is not complete"):
+        go(rounds, only="08")
+    status, printed = go(rounds)
+    assert (status, list(words(printed))) == (0, ROUNDS)
+    written = (rounds / "runs/tiny/08_compare/models.txt").read_text()
+    assert written == "learned 12.0 1; learned learned 12.0 1 2"
+    assert all(word.startswith("skipped") for word in words(go(rounds)[1]).values())
+
+    forced = {"force": True, "dry_run": True}
+    assert list(words(go(rounds, first="04", **forced)[1])) == ROUNDS[1:]
+    assert list(words(go(rounds, first="round-2/4", **forced)[1])) == ROUNDS[3:]
+    assert list(words(go(rounds, only="7", **forced)[1])) == ["round-1/07", "round-2/07"]
+    assert list(words(go(rounds, only="round-2/07_learn", **forced)[1])) == ["round-2/07"]
+    for wrong, meant in {"round-2/07_laern": "round-2/07_learn", "7_learn": "07_learn", "round-3/07_learn": ""}.items():
+        with pytest.raises(RunError, match=f"no phase `{wrong}`; did you mean `{meant}"):
+            go(rounds, first=wrong)
+
+    (rounds / "runs/tiny/round-1/07_learn/model.txt").write_text("tampered with")
+    plain = words(go(rounds, dry_run=True)[1])
+    assert plain["round-1/04"].startswith("skipped")
+    assert plain["round-1/07"] == "would run   output model.txt was changed"
+    assert plain["round-2/04"] == "would run   round-1/07_learn runs before it"
+    edit(rounds / "notebooks/04_draw.ipynb", "{round_number}", "{-round_number}")
+    assert go(rounds, only="round-1/04")[0] == 0
+    assert go(rounds, only="round-1/07")[0] == 0
+    reason = words(go(rounds, only="08", dry_run=True)[1])["08"]
+    changed = rounds / "runs/tiny/round-1/07_learn/model.txt"
+    assert reason == f"would run   input {changed} changed"  # also what only `learn_dirs` names is hashed
+
+
+def test_a_gate_in_a_round_stops_the_run_there_and_the_index_shows_each_round(rounds: Path) -> None:
+    (rounds / "tiny.yml").write_text("rounds: 3\n07_learn:\n  most: 0\n")
+    status, printed = go(rounds)
+    assert (status, list(words(printed))) == (3, ROUNDS[:3])
+    assert "round = 1 (target <= 0)" in printed
+    (rounds / "tiny.yml").write_text("rounds: 2\n07_learn:\n  most: 1\n")
+    status, printed = go(rounds, past_gates=True)
+    assert (status, list(words(printed))) == (3, ROUNDS)
+    assert words(printed)["round-1/07"].startswith("done")
+    assert words(printed)["round-2/07"].startswith("failed gate")
+
+    folder = rounds / "runs/tiny"
+    page = BeautifulSoup((folder / "index.html").read_text(), "html.parser")
+    rows = [" ".join(cell.text for cell in row("td")[:3]) for row in page.find("table")("tr")[1:]]
+    assert rows == [
+        *("01_make  done", "04_draw 1 done", "07_learn 1 done", "04_draw 2 done", "07_learn 2 failed gate"),
+        "08_compare  done",
+    ]
+    links = [link["href"] for link in page("a")]
+    assert len(links) == 2 * len(rows)
+    assert all((folder / link).is_file() for link in links)
+    for report in folder.rglob("*.html"):
+        if report.name != "index.html":
+            link = BeautifulSoup(report.read_text(), "html.parser").find("a")["href"]
+            assert (report.parent / link).resolve() == folder / "index.html"
+    assert "04_draw, round 2: done" in (folder / "round-2/04_draw.html").read_text()
+
+
 # -- how phases end -----------------------------------------------------------------------------------------------
 
 
@@ -280,13 +414,14 @@ def test_the_manifest_has_what_a_reviewer_asks_for_and_the_reports_make_no_reque
 # -- by hand, by papermill ----------------------------------------------------------------------------------------
 
 
-def test_the_printed_papermill_command_does_what_the_runner_does(chain: Path) -> None:
-    job = plan(chain / "tiny.yml", chain / "notebooks", chain / "runs/tiny")[0]
-    printed = go(chain, only="1", dry_run=True)[1]
-    assert runner.command(job) in printed
-    subprocess.run(runner.command(job), shell=True, cwd=manifest.ROOT, check=True, capture_output=True)
-    assert words(go(chain, only="1")[1])["01"].startswith("skipped")
-    assert job.html.is_file()
+def test_the_printed_papermill_commands_do_what_the_runner_does(rounds: Path) -> None:
+    jobs = plan(rounds / "tiny.yml", rounds / "notebooks", rounds / "runs/tiny")
+    printed = go(rounds, dry_run=True)[1]
+    for job in jobs[:2]:  # the first round's first phase is the second
+        assert runner.command(job) in printed
+        subprocess.run(runner.command(job), shell=True, cwd=manifest.ROOT, check=True, capture_output=True)
+        assert words(go(rounds, only=job.label)[1]).popitem()[1].startswith("skipped")
+        assert job.html.is_file()
 
 
 def test_cell_by_cell_by_hand(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,6 +452,15 @@ def test_cell_by_cell_by_hand(chain: Path, monkeypatch: pytest.MonkeyPatch) -> N
     double = {"out": str(chain / "hand/02_double"), "make_dir": str(chain / "hand/00"), "seed": 0}
     with pytest.raises(RunError, match="`make_dir`.*not complete"):
         run.start("02_double", double)
+    write_notebook(chain / "notebooks/08_compare.ipynb", 'out = "x/08_compare"\nlearn_dirs = ["x/07_learn"]\nseed = 0')
+    compare = {
+        "out": str(chain / "hand/08_compare"),
+        "learn_dirs": [str(chain / "hand/01_make"), "y/07_learn"],
+        "seed": 0,
+    }
+    monkeypatch.chdir(chain / "notebooks")
+    with pytest.raises(RunError, match="`learn_dirs` = 'y/07_learn' is not complete.*runs/default/round-1/07_learn"):
+        run.start("08_compare", compare)
 
 
 @pytest.mark.parametrize(
@@ -386,24 +530,24 @@ def test_killed_before_any_change_to_the_disk_a_phase_is_never_half_complete(
     assert read_manifest(out)["seed"] == 2 + instant
 
 
-def test_killed_at_random_instants_the_run_resumes_to_the_same_result(chain: Path) -> None:
-    undisturbed = chain / "undisturbed"
-    shutil.copytree(chain, undisturbed, ignore=shutil.ignore_patterns("undisturbed"))
+def test_killed_at_random_instants_the_run_resumes_to_the_same_result(rounds: Path) -> None:
+    undisturbed = rounds / "undisturbed"
+    shutil.copytree(rounds, undisturbed, ignore=shutil.ignore_patterns("undisturbed"))
     began = time.monotonic()
     assert subprocess.run(_command(undisturbed), capture_output=True).returncode == 0
     seconds = time.monotonic() - began
 
     draw = random.Random(20)
     for instant in [draw.uniform(0.1, 0.9) * seconds for _ in range(3)]:
-        process = subprocess.Popen(_command(chain), stdout=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(_command(rounds), stdout=subprocess.DEVNULL, start_new_session=True)
         time.sleep(instant)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        for found in (chain / "runs/tiny").glob("*/manifest.json"):  # what says "complete" is complete
+        for found in (rounds / "runs/tiny").rglob("manifest.json"):  # what says "complete" is complete
             assert json.loads(found.read_text())["status"] == "done"
             assert manifest.damaged(found.parent, json.loads(found.read_text())) is None
-    assert subprocess.run(_command(chain), capture_output=True).returncode == 0
-    assert outputs(chain) == outputs(undisturbed)
-    assert not list((chain / "runs/tiny").glob("*.tmp"))
-    assert {path.suffix for path in (chain / "notebooks").iterdir()} == {".ipynb"}  # only the notebooks: no sockets
-    assert subprocess.run(_command(chain, "--dry-run"), capture_output=True, text=True).stdout.count("  skipped  ") == 3
+    assert subprocess.run(_command(rounds), capture_output=True).returncode == 0
+    assert outputs(rounds) == outputs(undisturbed)
+    assert not list((rounds / "runs/tiny").rglob("*.tmp"))
+    assert {path.suffix for path in (rounds / "notebooks").iterdir()} == {".ipynb"}  # only the notebooks: no sockets
+    assert subprocess.run(_command(rounds, "--dry-run"), capture_output=True, text=True).stdout.count(" skipped ") == 6
