@@ -564,6 +564,7 @@ def stacked(frame: "pd.DataFrame", *, parts: "list[str]", unit: str, title: str)
             left = left + rows[part]
         axis.set_yticks(range(len(sides)), sides if axis is axes[0] else [""] * len(sides))
         axis.invert_yaxis()
+        axis.set_axisbelow(True)
         axis.set(xlabel=f"{unit}, model of {size} parameters", xlim=(0, None))
     axes[0].legend(fontsize=8, frameon=False, ncols=len(parts), loc="lower left", bbox_to_anchor=(0.0, 1.0))
     return figure

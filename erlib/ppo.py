@@ -12,6 +12,7 @@ After Schulman et al. (1707.06347), Ziegler et al. (1909.08593: KL in the reward
 
 import hashlib
 import json
+import math
 import os
 import resource
 import shutil
@@ -371,7 +372,8 @@ def train(
             for group, rate in zip(optimiser.param_groups, rates.values(), strict=True):
                 group["lr"] = rate * state.lr_scale * (1 - state.step / steps)
             begins, moves = state.step == warmup_steps, state.step >= warmup_steps
-            row |= _update(core, optimiser, accelerator, batch, rng=rng, train_policy=moves, first=begins, **updating)
+            shape = updating | ({} if moves else {"value_clip": math.inf})  # it has far to go, and nothing rests on it
+            row |= _update(core, optimiser, accelerator, batch, rng=rng, train_policy=moves, first=begins, **shape)
         row["learning_rate"] = optimiser.param_groups[0]["lr"]
         row["explained_variance"] = losses.explained_variance(batch.values, batch.returns, batch.mask)
         row["peak_memory_mb"] = _peak_memory_mb(core.device)

@@ -175,7 +175,6 @@ def train(
     learning_rate: float = 1e-3,
     warmup_share: float = 0.05,
     lora_rank: int = 16,
-    lora_alpha: int = 32,
     bf16: bool = False,
     gradient_checkpointing: bool = False,
     seed: int = 0,
@@ -196,7 +195,7 @@ def train(
         validation,
         folder=folder,
         every=math.ceil(steps / points),
-        lora={"r": lora_rank, "lora_alpha": lora_alpha},
+        lora={"r": lora_rank, "lora_alpha": 2 * lora_rank},
         arguments={
             "num_train_epochs": epochs,
             "per_device_train_batch_size": batch_size,
