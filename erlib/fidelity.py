@@ -115,7 +115,7 @@ def accuracy_by(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     rows = []
     for by, names in groups.items():
         order = orders.get(by, -names.map(names.value_counts()))
-        for name in names.groupby(names).apply(lambda part, order=order: order[part.index].min()).sort_values().index:
+        for name in order.groupby(names).min().sort_values().index:
             part = decided[names == name]
             rows.append((by, name, len(part), *accuracy(part, seed=seed)))
     return pd.DataFrame(rows, columns=["by", "group", "pairs", "value", "low", "high"])

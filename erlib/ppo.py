@@ -282,7 +282,7 @@ def train(
     max_grad_norm: float = 1.0,
     lora_rank: int = 16,
     lora_alpha: int = 32,
-    guard_window: int = 3,
+    guard_window: int = 5,
     alarm_lr_factor: float = 0.25,
     generation_batch_size: int = 64,
     harness_every: int = 5,

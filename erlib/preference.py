@@ -433,9 +433,9 @@ _QUESTIONS = (
         "PPO: it does not climb; learning rate, KL coefficient, critic, steps",
     ),
     (
-        "Is the reward that PPO gains worth something?",
-        *("PPO, utility", "start, utility", "above 0"),
-        "reward model: PPO exploits it; less KL, or a new round of pairs from the policy",
+        "Does PPO leave the true utility unharmed?",
+        *("PPO, utility", "start, utility", "not below 0"),
+        "reward model: PPO exploits it; a higher KL coefficient, or a new round of pairs from the policy",
     ),
     (
         "Does PPO keep up with best-of-n?",

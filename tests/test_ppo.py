@@ -235,6 +235,25 @@ def ready(random_reward: RewardModel) -> tuple:
     return core, torch.optim.Adam(groups, lr=2e-2, eps=1e-5), accelerator, batch
 
 
+def test_the_samples_of_a_prompt_share_its_encoding_and_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read = base(), []
+    forward = model.forward
+
+    def counted(**inputs: Any) -> Any:
+        read.append(inputs["input_ids"].shape[0])
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", counted)
+    ids = [models.encode_prompt(tokenizer(), prompt) for prompt in PROMPTS]
+    asked = [prompt for prompt in ids for _ in range(3)]
+    options = {"max_new_tokens": 4, "temperature": 1.0, "seed": 2, "batch_size": 12, "stop": ()}
+    together = models.generate(model, tokenizer(), asked, **options)
+    assert read[0] == len(PROMPTS)  # prompts are read once; what follows is a line for each sample
+    assert max(read[1:]) > len(PROMPTS)
+    alone = models.generate(base(), tokenizer(), asked, **options | {"batch_size": 1})
+    assert [c.ids for c in together] == [c.ids for c in alone]
+
+
 UPDATE = {
     "train_policy": True, "first": True, "samples": 2, "epochs": 2, "mini_batch_size": 2, "micro_batch_size": 1,
     "clip_range": 0.2, "dual_clip": 3.0, "value_clip": 0.2, "value_coef": 0.1, "ratio_threshold": 10.0,
