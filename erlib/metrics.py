@@ -200,8 +200,9 @@ def wilson(successes: int, n: int, *, level: float = 0.95) -> Interval:
 
     if n == 0:
         return Interval(float("nan"), 0.0, 1.0)
+    share = successes / n
     low, high = proportion_confint(successes, n, alpha=1 - level, method="wilson")
-    return Interval(successes / n, float(low), float(high))
+    return Interval(share, min(float(low), share), max(float(high), share))  # rounding puts 0 and 1 just outside
 
 
 def sign_test(wins: int, losses: int) -> float:

@@ -125,9 +125,7 @@ class Guard:
         """
         rewards = np.asarray(rewards, dtype=float)
         if not np.isfinite(rewards).all():
-            return Alarm(
-                f"{np.sum(~np.isfinite(rewards))} rewards are not finite", *[float("nan")] * len(Figures._fields)
-            )
+            return Alarm(f"{np.sum(~np.isfinite(rewards))} rewards are not finite")
         self._steps = [*self._steps, rewards.tolist()][-self.window :]
         seen = np.concatenate(self._steps)
         if len(self._steps) < self.window or len(seen) < _ENOUGH:

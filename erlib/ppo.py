@@ -428,8 +428,7 @@ def _go_back(
         if path > good:
             path.unlink(missing_ok=True)
     action = "restored" if state.alarms == 0 else "ended"
-    figures = {k: v if isinstance(v, str) or np.isfinite(v) else None for k, v in alarm._asdict().items()}
-    event = {"step": state.step, "action": action, "restored_step": before.step, **figures}
+    event = {"step": state.step, "action": action, "restored_step": before.step, **alarm._asdict()}
     before.log, before.events, before.alarms = state.log, [*state.events, event], state.alarms + 1
     before.lr_scale, before.guard = state.lr_scale * factor, {"steps": []}
     return before

@@ -330,6 +330,8 @@ def test_wilson_by_the_formula() -> None:
     assert metrics.wilson(49, 100) == pytest.approx((p, centre - half, centre + half))
     assert metrics.wilson(0, 10)[1:] == pytest.approx((0, 0.2775), abs=1e-4)
     assert math.isnan(metrics.wilson(0, 0).value)
+    for n in range(1, 60):  # rounding must not leave 0 or 1 outside: error bars have no negative length
+        assert metrics.wilson(0, n).low == 0 and metrics.wilson(n, n).high == 1
 
 
 @pytest.mark.parametrize(("n", "p"), [(50, 0.14), (100, 0.015), (200, 0.0004)])
