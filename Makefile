@@ -23,10 +23,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 run: $(STAMP)
 	$(VENV)/bin/python -m erlib run $(PARAMS) $(ARGS)
 
-# Tests run kernels beside pytest; two OpenMP teams on the same cores wait for each other in spinning barriers.
+# Two workers, a file of tests each at a time: the smoke chain runs beside all the rest. Tests run kernels, and two OpenMP
+# teams on the same cores wait for each other in spinning barriers.
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -q -m "not slow" $(PYTEST)
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(PYTEST)
 
 lab: $(STAMP)
 	$(VENV)/bin/jupyter lab --ServerApp.root_dir=.
