@@ -183,12 +183,11 @@ def test_a_second_run_has_nothing_to_do(runs):
     assert again.stdout.count("same key, outputs intact") == len(PHASES), again.stdout
 
 
-@pytest.mark.parametrize("phase", ["02_corpus", "03_sft", *(f"round-2/{phase}" for phase in EACH_ROUND)])
+# 07 is left out: test_ppo shows that it goes on bit for bit, and its log says how long each step took.
+@pytest.mark.parametrize("phase", ["02_corpus", "03_sft", *(f"round-2/{phase}" for phase in EACH_ROUND[:3])])
 def test_a_forced_phase_makes_the_same_files(runs, smoke, phase):
     before = manifest(smoke, phase)["outputs"]
     forced = erlib("--only", phase, "--force", runs=runs)
     assert forced.returncode in (0, 3), forced.stdout + forced.stderr
     after = manifest(smoke, phase)["outputs"]
-    timed = {"training_log.csv"} if phase.endswith("07_ppo") else set()  # it says how long each step took
-    assert after.keys() == before.keys()
-    assert {name for name in after if after[name] != before[name]} <= timed
+    assert after == before
