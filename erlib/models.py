@@ -26,6 +26,7 @@ import torch
 from . import prompts as prompts_
 
 if TYPE_CHECKING:
+    import pandas as pd
     from dspy.lm15 import Request, Response
     from transformers import BitsAndBytesConfig, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.cache_utils import DynamicLayer
@@ -356,6 +357,31 @@ def completion_logprobs(
                 target = ids[line, begin : begin + n].to(model.device)
                 found[index] = logprobs.gather(1, target[:, None]).squeeze(1).cpu()
     return [found[index] for index in range(len(pairs))]
+
+
+# -- what a trainer leaves ----------------------------------------------------------------------------------------
+
+
+def save_adapter(model: "PreTrainedModel", folder: Path) -> None:
+    """Save an adapter with its modules in order: peft writes sets, which Python orders anew in each process."""
+    model.save_pretrained(folder)
+    config = folder / "adapter_config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    for name in ("target_modules", "modules_to_save"):
+        settings[name] = settings[name] and sorted(settings[name])
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def training_table(history: Sequence[dict]) -> "pd.DataFrame":
+    """A trainer's log, one row a step (all entries of a step in one), without the timings, which differ by run."""
+    import pandas as pd
+
+    steps: dict[int, dict] = {}
+    for entry in history:
+        if "train_runtime" not in entry:  # the summary at the end
+            kept = {key: value for key, value in entry.items() if not key.endswith(("_runtime", "_per_second"))}
+            steps.setdefault(entry["step"], {}).update(kept)
+    return pd.DataFrame([steps[step] for step in sorted(steps)])
 
 
 # -- merged checkpoints -------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ adapter switched off. Where this departs from trl's own path:
 """
 
 import gc
-import json
 import math
 import threading
 import time
@@ -262,7 +261,7 @@ def _run(
         def on_step_end(self, args, state, control, **_):
             if state.global_step in wanted:
                 adapters[state.global_step] = out / f"step-{state.global_step}"
-                _save(trainer.model, adapters[state.global_step])
+                models.save_adapter(trainer.model, adapters[state.global_step])
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Keep())
@@ -275,15 +274,6 @@ def _run(
     log = pd.DataFrame([entry for entry in trainer.state.log_history if "train_runtime" not in entry])
     log = log.drop(columns="step_time", errors="ignore")  # it would differ from run to run
     return log, adapters, seconds, peak[0]
-
-
-def _save(model: "PreTrainedModel", folder: Path) -> None:
-    """Save an adapter with its modules in order: peft writes a set, which Python orders anew in each process."""
-    model.save_pretrained(folder)
-    config = folder / "adapter_config.json"
-    settings = json.loads(config.read_text(encoding="utf-8"))
-    settings["target_modules"] = sorted(settings["target_modules"])
-    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -376,10 +366,9 @@ def draw(
         }
     )
     if isinstance(model, PeftModel):
-        policy = models.completion_logprobs(model, tokenizer, prompts, ids, batch_size=batch_size)
         with model.disable_adapter():
             start = models.completion_logprobs(model, tokenizer, prompts, ids, batch_size=batch_size)
-        frame["kl"] = [float((after - before).sum()) for after, before in zip(policy, start, strict=True)]
+        frame["kl"] = [sum(one.logprobs) - float(before.sum()) for one, before in zip(written, start, strict=True)]
     return frame
 
 

@@ -148,11 +148,10 @@ def train(
     trainer.train()
     if trainer.state.global_step != steps or len(trainer.train_dataset) != len(rows):
         raise RuntimeError(f"{trainer.state.global_step} of {steps} steps were taken: rows were lost on the way")
-    trainer.model.save_pretrained(partial)
-    _settle(partial / "adapter_config.json")
+    models.save_adapter(trainer.model, partial)
     shutil.rmtree(out, ignore_errors=True)
     partial.replace(out)
-    return _table(trainer.state.log_history)
+    return models.training_table(trainer.state.log_history)
 
 
 def _trainer(
@@ -219,26 +218,6 @@ def _pad(sequences: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, to
     ids = torch.tensor([[*sequence, *[pad] * (width - len(sequence))] for sequence in sequences])
     mask = torch.tensor([[1] * len(sequence) + [0] * (width - len(sequence)) for sequence in sequences])
     return ids, mask
-
-
-def _settle(config: Path) -> None:
-    """Put an adapter's modules in order: peft writes sets, which Python orders anew in each process."""
-    settings = json.loads(config.read_text(encoding="utf-8"))
-    settings["target_modules"] = sorted(settings["target_modules"])
-    settings["modules_to_save"] = sorted(settings["modules_to_save"])
-    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def _table(history: list[dict]) -> "pd.DataFrame":
-    """The trainer's log, one row a step, without the timings, which differ from run to run."""
-    import pandas as pd
-
-    steps: dict[int, dict] = {}
-    for entry in history:
-        if "train_runtime" not in entry:  # the summary at the end
-            kept = {key: value for key, value in entry.items() if not key.endswith(("_runtime", "_per_second"))}
-            steps.setdefault(entry["step"], {}).update(kept)
-    return pd.DataFrame([steps[step] for step in sorted(steps)])
 
 
 # -- scores -------------------------------------------------------------------------------------------------------

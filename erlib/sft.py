@@ -210,9 +210,8 @@ def train(
     trainer.train(resume_from_checkpoint=_last_valid(folder))
     if trainer.state.global_step != steps or len(trainer.train_dataset) != len(encoded):
         raise RuntimeError(f"{trainer.state.global_step} of {steps} steps were taken: rows were lost on the way")
-    trainer.model.save_pretrained(out)
-    _sort_modules(out / "adapter_config.json")
-    log = _table(trainer.state.log_history)
+    models.save_adapter(trainer.model, out)
+    log = models.training_table(trainer.state.log_history)
     shutil.rmtree(folder)
     return log
 
@@ -323,25 +322,6 @@ def _last_valid(folder: Path) -> str | None:
             return str(checkpoint)
         shutil.rmtree(checkpoint)
     return None
-
-
-def _sort_modules(config: Path) -> None:
-    """Put an adapter's modules in order: peft writes a set, which Python orders anew in each process."""
-    settings = json.loads(config.read_text(encoding="utf-8"))
-    settings["target_modules"] = sorted(settings["target_modules"])
-    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def _table(history: list[dict]) -> "pd.DataFrame":
-    """The trainer's log, one row a step; the harness and evaluation figures join the row of their step."""
-    import pandas as pd
-
-    steps: dict[int, dict] = {}
-    for entry in history:
-        if "train_runtime" not in entry:  # the summary at the end
-            kept = {key: value for key, value in entry.items() if not key.endswith(("_runtime", "_per_second"))}
-            steps.setdefault(entry["step"], {}).update(kept)  # timings would differ from run to run
-    return pd.DataFrame([steps[step] for step in sorted(steps)])
 
 
 def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
