@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import metrics, models
+from . import manifest, metrics, models
 from .schema import Parsed, Report, ask, parse_compact, parse_json, to_compact, to_json
 
 if TYPE_CHECKING:
@@ -218,8 +218,8 @@ def train(
     settings = {k: v for k, v in locals().items() if isinstance(v, int | float | str) and k not in _HARMLESS}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + tokenizer.backend_tokenizer.to_str().encode())
     finished = out / FINISHED
-    if finished.exists() and json.loads(finished.read_text(encoding="utf-8"))["key"] == key.hexdigest():
-        return pd.DataFrame(json.loads(finished.read_text(encoding="utf-8"))["log"])
+    if finished.exists() and (kept := json.loads(finished.read_text(encoding="utf-8")))["key"] == key.hexdigest():
+        return pd.DataFrame(kept["log"])
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     model = new_model(
@@ -281,7 +281,7 @@ def train(
     model.eval().set_attn_implementation("sdpa")
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    finished.write_text(json.dumps({"key": key.hexdigest(), "log": state["log"]}), encoding="utf-8")
+    manifest.write_text(finished, json.dumps({"key": key.hexdigest(), "log": state["log"]}))
     (out / "checkpoint.pt").unlink(missing_ok=True)
     return pd.DataFrame(state["log"])
 
