@@ -44,7 +44,7 @@ $(STAMP): pyproject.toml constraints.txt
 	{ echo "Python's C headers are missing (annoy is built from source): sudo apt-get install \
 	$$($(PYTHON) -c 'import sys; print("python%d.%d-dev" % sys.version_info[:2])')"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,serve]'
 	@touch $@
 
 peer: $(PEER_STAMP)

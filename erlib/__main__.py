@@ -1,12 +1,19 @@
-"""The command line: `python -m erlib run params/default.yml`."""
+"""The command line: `python -m erlib run params/default.yml`, `extract`, `serve`."""
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from erlib import runner
 from erlib.manifest import ROOT, RunError
+
+if TYPE_CHECKING:
+    from erlib import bulk
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -53,6 +60,106 @@ def run(
         typer.secho(str(error), fg="red", err=True)
         raise typer.Exit(2) from None
     raise typer.Exit(status)
+
+
+@app.command()
+def extract(
+    documents: Annotated[Path, typer.Argument(help="JSONL, CSV or Parquet with a text column", dir_okay=False)],
+    reports: Annotated[Path, typer.Argument(help="JSONL to write or to go on with", dir_okay=False)],
+    model: Annotated[Path, typer.Option(help="exported model, such as runs/default/model")],
+    engine: Annotated[str, typer.Option(help="transformers, nf4, openvino, openvino-bf16, vllm, or the fastest")] = "",
+    rejects: Annotated[Path | None, typer.Option(help="JSONL of bad rows; default: rejects.jsonl beside it")] = None,
+    brief: Annotated[Path | None, typer.Option(help="brief.yml: lists types that it does not name as defects")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="processes of one thread each; one on a GPU")] = 2,
+    batch_size: Annotated[int, typer.Option(min=1, help="documents at once in each process")] = 32,
+    block: Annotated[int, typer.Option(min=1, help="documents between two writes to the disk")] = 256,
+    text_column: Annotated[str, typer.Option(help="column of the texts")] = "text",
+    id_column: Annotated[str, typer.Option(help="column of the ids")] = "id",
+    max_chars: Annotated[int, typer.Option(help="longer texts are rejected")] = 1_000_000,
+) -> None:
+    """Extract a report from every document, in input order; the same command goes on after a kill.
+
+    Exit status: 0 all done, 2 a mistake in files or options, 130 interrupted.
+    """
+    from erlib import bulk, corpus
+
+    try:
+        if not engine:
+            from erlib import serving
+
+            engine = serving.fastest(model)
+        with _bar(bulk.count_rows(documents)) as progress:
+            bulk.extract(
+                documents,
+                reports,
+                model=model,
+                engine=engine,
+                rejects=rejects or reports.with_name("rejects.jsonl"),
+                brief=corpus.read_brief(brief) if brief else None,
+                workers=workers,
+                batch_size=batch_size,
+                block=block,
+                text_column=text_column,
+                id_column=id_column,
+                max_chars=max_chars,
+                progress=progress,
+            )
+    except (OSError, ValueError, ModuleNotFoundError, RuntimeError) as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.secho(f"stopped; what is done is in {reports}, and the same command goes on", fg="yellow", err=True)
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def _bar(total: int) -> "Iterator[Callable[[bulk.Done], None]]":
+    """A live line with rows, documents an hour and the time left; a plain line at the end."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    began, console = time.monotonic(), Console(stderr=True, highlight=False)
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("rows", total=total, rate="opening the model")
+        last: list[bulk.Done] = []
+
+        def show(done: "bulk.Done") -> None:
+            rate = (done.reports + done.rejects) / (time.monotonic() - began) * 3600
+            bar.update(task, completed=done.row, rate=f"{rate:,.0f} documents an hour")
+            last[:] = [done]
+
+        yield show
+    done = last[0] if last else None
+    console.print(
+        f"{done.reports:,} reports and {done.rejects:,} rejects in {time.monotonic() - began:,.0f} s, "
+        f"{done.reports / (time.monotonic() - began) * 3600:,.0f} documents an hour"
+        if done
+        else "nothing was left to do"
+    )
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Option(help="exported model, such as runs/default/model", file_okay=False)],
+    port: Annotated[int, typer.Option(help="port on the loopback interface")] = 8000,
+) -> None:
+    """Offer an exported model as an OpenAI-compatible endpoint on loopback: POST /v1/completions, streaming too.
+
+    The server is transformers' own. A request names the model's folder as `model` and sends `prompt`, the document in
+    the prompt of erlib.json, with `temperature` 0 and `max_tokens`.
+    """
+    from erlib import export
+
+    try:
+        settings = export.read_settings(model)
+        export.require_server()
+    except (OSError, ModuleNotFoundError) as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(2) from None
+    from transformers.cli.serve import Serve
+
+    typer.secho(f"model {model}, prompt {settings.prompt!r}, max_tokens {settings.max_new_tokens}", err=True)
+    Serve(force_model=str(model), host="127.0.0.1", port=port, device="auto", log_level="warning")
 
 
 if __name__ == "__main__":

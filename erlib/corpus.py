@@ -403,6 +403,23 @@ def numbered_rows(path: str | Path) -> Iterator[tuple[int, Mapping[str, Any] | N
         yield row.number, row.fields, row.reason
 
 
+def numbered_documents(
+    path: str | Path, *, text_column: str = "text", id_column: str = "id", max_chars: int = 1_000_000, after: int = 0
+) -> Iterator[tuple[int, Document | None, str, str]]:
+    """Read and clean the documents after row `after` of a file of any size, one at a time.
+
+    Yields row number, document or None, why there is none, and the start of a bad row. Unlike `read_documents` it
+    remembers nothing: an id may come again.
+    """
+    for row in _rows(path):
+        if row.number <= after:
+            continue
+        try:
+            yield row.number, _document(row, text_column, id_column, max_chars), "", ""
+        except _Bad as error:
+            yield row.number, None, str(error), (row.raw or repr(dict(row.fields or {})))[:300]
+
+
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any] | BaseModel]) -> None:
     """Write one JSON object a line, UTF-8; the file appears complete or not at all. Raises `ValueError` on NaN."""
     path = Path(path)

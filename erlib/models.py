@@ -23,8 +23,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import torch
 
-from . import prompts as prompts_
-
 if TYPE_CHECKING:
     import pandas as pd
     from dspy.lm15 import Request, Response
@@ -66,7 +64,7 @@ def load(
 
     name = str(EMBEDDED if name_or_path == "embedded" else name_or_path)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    packed = {"quantization_config": _nf4(dtype), "device_map": {"": device}} if quantisation == "nf4" else {}
+    packed = {"quantization_config": nf4(dtype), "device_map": {"": device}} if quantisation == "nf4" else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not allow_download, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(
@@ -111,13 +109,20 @@ def encode_completion(tokenizer: "PreTrainedTokenizerBase", completion: Prompt) 
     return [*ids, tokenizer.eos_token_id]
 
 
+def again(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int]) -> list[int]:
+    """A prompt's ids without the start token: what follows a completion when the prompt is read a second time."""
+    return list(prompt[1:] if prompt[0] == tokenizer.bos_token_id else prompt)
+
+
 def encode_messages(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, str]]) -> list[int]:
     """Token ids of chat messages: by the tokenizer's chat template, or by `prompts.flatten` where there is none.
 
     The template's own text may become special tokens, the contents never do.
     """
     if not tokenizer.chat_template:
-        return encode_prompt(tokenizer, prompts_.flatten(messages))
+        from .prompts import flatten  # brings DSPy, which a process that only serves does without
+
+        return encode_prompt(tokenizer, flatten(messages))
     marks = [f"\x00{index}\x00" for index in range(len(messages))]
     marked = [message | {"content": mark} for message, mark in zip(messages, marks, strict=True)]
     rest = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
@@ -208,7 +213,7 @@ def _decode(
 ) -> list[tuple[list[int], bool, list[float]]]:
     """Complete one batch: new ids of each row, whether it finished, log-probabilities; `uniform` (B, steps) samples."""
     different = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, batch)))}
-    logits, cache, mask = _prefill(model, tokenizer, [list(prompt) for prompt in different])
+    logits, cache, mask = prefill(model, tokenizer, [list(prompt) for prompt in different])
     if len(different) < len(batch):  # the samples of one prompt share its encoding
         places = torch.tensor([different[tuple(prompt)] for prompt in batch], device=logits.device)
         logits, mask = logits[places], mask[places]
@@ -240,7 +245,7 @@ def _decode(
     return list(zip(new, finished, logprobs, strict=True))
 
 
-def _prefill(
+def prefill(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch: list[list[int]]
 ) -> "tuple[torch.Tensor, DynamicCache, torch.Tensor]":
     """Read the prompts, their common beginning once: next-token logits (B, V), cache, attention mask (B, T)."""
@@ -471,7 +476,8 @@ def quantise(folder: Path, out: Path, *, compute_dtype: str = "float32", device:
     return record
 
 
-def _nf4(compute_dtype: str) -> "BitsAndBytesConfig":
+def nf4(compute_dtype: str) -> "BitsAndBytesConfig":
+    """4-bit NF4 with double quantisation (QLoRA, 2305.14314), computing in `compute_dtype`."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

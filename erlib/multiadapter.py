@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 
 
 class RewardModel(NamedTuple):
-    """A trained reward adapter with its head, `mean` and `std` of its scores at the round's start, and its scores (N,)
-    on held-out documents, which the guard compares with."""
+    """A trained reward adapter with its head, `mean` and `std` of its scores at the round's start, its scores (N,) on
+    held-out documents, which the guard compares with, and whether it reads the prompt again after a completion."""
 
     adapter: Path
     mean: float
     std: float
     evaluation: np.ndarray
+    reread: bool = False
 
 
 def read_reward_model(folder: Path, *, checkpoint: str) -> RewardModel:
@@ -43,7 +44,7 @@ def read_reward_model(folder: Path, *, checkpoint: str) -> RewardModel:
             f"{checkpoint[:12]}: run phases 04 to 06 of this round again, or point at the round's own phase 06"
         )
     evaluation = np.loadtxt(folder / "evaluation_rewards.csv", skiprows=1, ndmin=1)
-    return RewardModel(folder / "adapter", record["mean"], record["std"], evaluation)
+    return RewardModel(folder / "adapter", record["mean"], record["std"], evaluation, record["reread"])
 
 
 # -- one base, three adapters ---------------------------------------------------------------------------------------
@@ -117,7 +118,8 @@ class MultiAdapter:
                 module.p = 0.0
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.0
-        self.pad, self.temperature, self.device = tokenizer.pad_token_id, temperature, model.device
+        self.tokenizer, self.pad, self.reread = tokenizer, tokenizer.pad_token_id, reward.reread
+        self.temperature, self.device = temperature, model.device
         self.flags = [(p, ".policy." in name or ".value." in name) for name, p in self.model.named_parameters()]
         self.use("policy")
 
@@ -209,7 +211,9 @@ class MultiAdapter:
         return self.value_head(self._states(packed)[packed.before].float()).squeeze(2) * packed.mask
 
     def rewards(self, rows: Sequence[Rollout]) -> torch.Tensor:
-        """Raw score of each completion (N,), read at its last real token."""
+        """Raw score of each completion (N,), read at its last real token or after the prompt's second reading."""
+        if self.reread:
+            rows = [row._replace(ids=(*row.ids, *models.again(self.tokenizer, row.prompt))) for row in rows]
         packed = self.pack(rows)
         return (self._states(packed)[packed.last].float() @ self.reward_head.T).squeeze(1)
 

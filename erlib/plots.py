@@ -549,6 +549,101 @@ def fault_rates(frame: "pd.DataFrame") -> "Figure":
     return figure
 
 
+# -- 11 inference -------------------------------------------------------------------------------------------------
+
+
+def waterfall(steps: "pd.DataFrame", *, floor: float) -> "Figure":
+    """One bar a step with its factor over the step `against`: name, against, documents_per_hour, factor, low, high.
+
+    `floor` is what the machine could do at most, in documents an hour.
+    """
+    figure, (axis,) = _axes("Which step makes it fast?", width=9.0, height=1.4 + 0.42 * len(steps))
+    rates = dict(zip(steps["name"], steps["documents_per_hour"], strict=True))
+    for height, row in enumerate(steps.itertuples()):
+        start = rates.get(row.against, row.documents_per_hour)
+        left, right = sorted((start, row.documents_per_hour))
+        colour = GREY if row.against not in rates else BLUE if row.documents_per_hour >= start else VERMILION
+        if row.against in rates:
+            axis.barh(height, right - left, 0.6, left=left, color=colour)
+        axis.plot(row.documents_per_hour, height, marker="D", color="black", markersize=4)
+        spread = "" if row.low != row.low else f" ({row.low:.2g} to {row.high:.2g})"
+        factor = "" if row.against not in rates else f"  × {row.factor:.2g}{spread}"
+        axis.text(right, height, f"  {row.documents_per_hour:,.0f}{factor}", va="center", fontsize=8)
+    axis.axvline(floor, color=GREEN, linestyle="--", label=f"physical floor: {floor:,.0f} documents an hour")
+    axis.set_yticks(range(len(steps)), steps["name"])
+    axis.set_ylim(len(steps) - 0.5, -0.5)
+    smallest = min(rates.values())
+    axis.set(xscale="log", xlabel="documents an hour (log scale); factor over its comparison, lowest to highest turn")
+    axis.set_xlim(smallest / 2, 30 * max(floor, *rates.values()))
+    axis.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
+def batch_sweep(swept: "pd.DataFrame", *, knee: int) -> "Figure":
+    """Draw throughput and the time of a token by batch size: rows of `speed.sweep`; `knee` is marked."""
+    figure, axes = _axes("How many documents at once?", width=9.0, columns=2)
+    labels = {"documents_per_hour": "documents an hour", "token_ms_p95": "time of a token, 95th percentile (ms)"}
+    for axis, (column, label), colour in zip(axes, labels.items(), (BLUE, VERMILION), strict=True):
+        axis.plot(swept["batch_size"], swept[column], color=colour, marker="o")
+        axis.axvline(knee, color="black", linewidth=1)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(swept["batch_size"], [str(size) for size in swept["batch_size"]])
+        axis.set(xlabel="documents in a batch", ylabel=label, ylim=(0, None))
+    axes[0].annotate(f" knee: {knee}", (knee, 0.05), xycoords=("data", "axes fraction"))
+    return figure
+
+
+# -- 12 drift -----------------------------------------------------------------------------------------------------
+
+_LINES = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "^"), (PURPLE, "D"), (ORANGE, "v"), (SKY, "P"), (GREY, "X"))
+
+
+def watched(frame: "pd.DataFrame", *, title: str, change: float | None = None, x: str = "end") -> "Figure":
+    """One panel a `watch`: each detector's statistic over its threshold, by the column `x`; rows of `drift.watch`.
+
+    `change` marks where a drift was planted.
+    """
+    panels = list(dict.fromkeys(frame["watch"]))
+    figure, axes = _axes(title, width=1.0 + 4.6 * len(panels), height=3.9, columns=len(panels))
+    for axis, panel in zip(axes, panels, strict=True):
+        groups = frame[frame["watch"] == panel].groupby("detector", sort=False)
+        for (name, rows), (colour, marker) in zip(groups, _LINES, strict=False):
+            ratio = rows["statistic"] / rows["threshold"]
+            axis.plot(rows[x], ratio, color=colour, marker=marker, markersize=4, linewidth=1, label=name)
+        axis.axhline(1, color="black", linewidth=1)
+        if change is not None:
+            axis.axvline(change, color=GREY, linewidth=1.5, linestyle="--", label="planted change")
+        axis.set(xlabel="documents" if x == "end" else x, ylabel=f"statistic / threshold, {panel}")
+        axis.legend(fontsize=7, frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        axis.tick_params(axis="x", labelrotation=0 if x == "end" else 30)
+    return figure
+
+
+def detection_delays(table: "pd.DataFrame", *, limit: float) -> "Figure":
+    """One panel a planted drift: median delay of each detector with its interval, and the share that it missed.
+
+    Rows of `drift.summary`; `limit` is the largest number of documents that a detector was watched for.
+    """
+    kinds, names = list(dict.fromkeys(table["drift"])), list(dict.fromkeys(table["detector"]))
+    title = "How many documents until an alarm? (share of misses at the right)"
+    figure, axes = _axes(title, width=2.4 + 2.7 * len(kinds), height=1.2 + 0.3 * len(names), columns=len(kinds))
+    for axis, kind in zip(axes, kinds, strict=True):
+        rows = table[table["drift"] == kind].set_index("detector").loc[names]
+        for height, (name, row) in enumerate(rows.iterrows()):
+            colour = VERMILION if name.startswith("any") else BLUE
+            low, high = min(row["low"], limit), min(row["high"], limit)
+            axis.plot([low, high], [height, height], color=colour, linewidth=1.5)
+            if row["median"] <= limit:
+                axis.plot(row["median"], height, marker="o", color=colour)
+            axis.text(
+                1.02, height, f"{row['missed']:.0%}", transform=axis.get_yaxis_transform(), va="center", fontsize=7
+            )
+        axis.set_title(kind, fontsize=9, loc="left")
+        axis.set(xscale="log", xlabel="documents, 95 % interval", xlim=(10, limit * 1.1), ylim=(len(names) - 0.5, -0.5))
+        axis.set_yticks(range(len(names)), names if axis is axes[0] else [""] * len(names))
+    return figure
+
+
 # -- 13 benchmarks ------------------------------------------------------------------------------------------------
 
 

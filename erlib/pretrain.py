@@ -7,6 +7,7 @@ Where it departs from a textbook loop, because it must learn to copy names on on
 3. Tokens outside the targets are in the loss with probability `prompt_loss_weight` (an unbiased estimate of weighting
    them), so that most of them need no logits.
 4. Rows longer than `sequence_length` wait for the last `long_share` of the tokens: few-shot prompts, at little cost.
+5. The weight matrices learn by Muon (Jordan et al. 2024, as in `torch.optim`), the rest by AdamW.
 """
 
 import hashlib
@@ -70,15 +71,15 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 1536) -> "PreTrai
 def encode(rows: list[dict], tokenizer: "PreTrainedTokenizerFast") -> list[tuple[list[int], list[bool]]]:
     """Encode rows `{"parts": [(text, is_target)]}` as `<s> parts </s>`: ids, and which of them are targets.
 
-    The end token is a target when the last part is one.
+    The text `None` is the end token, and so is the last token, which is a target when the last part is one.
     """
-    texts = [text for row in rows for text, _ in row["parts"]]
+    texts = [text for row in rows for text, _ in row["parts"] if text is not None]
     encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
     sequences = []
     for row in rows:
         ids, targets = [tokenizer.bos_token_id], [False]
-        for _, is_target in row["parts"]:
-            part = next(encoded)
+        for text, is_target in row["parts"]:
+            part = [tokenizer.eos_token_id] if text is None else next(encoded)
             ids += part
             targets += [is_target] * len(part)
         sequences.append(([*ids, tokenizer.eos_token_id], [*targets, row["parts"][-1][1]]))
@@ -196,7 +197,8 @@ def train(
     long_share: float = 0.15,
     batch_tokens: int = 2048,
     prompt_loss_weight: float = 0.1,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 6e-3,
+    embedding_learning_rate: float = 2e-3,
     warmup_share: float = 0.02,
     seed: int = 0,
     threads: int = 1,
@@ -206,12 +208,13 @@ def train(
     evaluate: Callable[["LlamaForCausalLM"], dict[str, float]] | None = None,
     evaluate_every: int = 1_000_000,
 ) -> "pd.DataFrame":
-    """Train on `tokens` real tokens (AdamW, warm-up, cosine decay to 10 %); fp32 weights and tokenizer end in `out`.
+    """Train on `tokens` real tokens (warm-up, cosine decay to 10 %); fp32 weights and tokenizer end in `out`.
 
-    Resumes from `out/checkpoint.pt` when killed: the same rows in the same order are needed and are read past. A model
-    that was finished with the same settings is kept, and its log returned. `evaluate` is called every `evaluate_every`
-    tokens and its figures join the log. Returns the log, one row every `log_every` steps; progress with the time left
-    goes to `out/train.log`.
+    `learning_rate` is Muon's for weight matrices, `embedding_learning_rate` AdamW's for embeddings and norms. Resumes
+    from `out/checkpoint.pt` when killed: the same rows in the same order are needed and are read past. A model that was
+    finished with the same settings is kept, and its log returned. `evaluate` is called every `evaluate_every` tokens
+    and its figures join the log. Returns the log, one row every `log_every` steps; progress with the time left goes to
+    `out/train.log`.
     """
     import pandas as pd
 
@@ -231,9 +234,9 @@ def train(
         num_attention_heads=num_attention_heads,
         max_position_embeddings=max_position_embeddings,
     )
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizers = _optimizers(model, learning_rate=learning_rate, embedding_learning_rate=embedding_learning_rate)
     state = {"key": key.hexdigest(), "step": 0, "tokens": 0, "seconds": 0.0, "losses": [], "log": []}
-    _restore(out / "checkpoint.pt", state, model, optimizer)
+    _restore(out / "checkpoint.pt", state, model, optimizers)
     stream = batches(
         rows,
         tokenizer,
@@ -255,28 +258,31 @@ def train(
             continue
         if step == state["step"] and state["step"]:
             started = time.monotonic() - state["seconds"]  # reading past the consumed rows is not training time
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * _schedule(state["tokens"] / tokens, warmup_share)
+        rate = _schedule(state["tokens"] / tokens, warmup_share)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
         with autocast:
             loss = loss_at(model, ids, in_loss)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         state["losses"].append(loss.item())
         before = state["tokens"]
         state |= {"step": step + 1, "tokens": before + int((ids != tokenizer.pad_token_id).sum())}
         state["seconds"] = time.monotonic() - started
         due = evaluate is not None and state["tokens"] // evaluate_every > before // evaluate_every
         if (step + 1) % log_every == 0 or due or state["tokens"] >= tokens:
-            figures = {"loss": mean(state["losses"]), "learning_rate": optimizer.param_groups[0]["lr"]}
+            figures = {"loss": mean(state["losses"]), "learning_rate": learning_rate * rate}
             if due:
                 figures |= _evaluated(model, evaluate)
             state["log"].append({k: state[k] for k in ("step", "tokens", "seconds")} | figures)
             state["losses"] = []
             _progress(out / "train.log", state, tokens, started_at)
         if time.monotonic() - saved > save_seconds:
-            _save(out / "checkpoint.pt", state, model, optimizer)
+            _save(out / "checkpoint.pt", state, model, optimizers)
             saved = time.monotonic()
     model.eval().set_attn_implementation("sdpa")
     model.save_pretrained(out)
@@ -288,6 +294,23 @@ def train(
 
 # May differ when a run is resumed; rotary positions have no weights.
 _HARMLESS = frozenset({"threads", "log_every", "save_seconds", "evaluate_every", "max_position_embeddings"})
+
+
+def _optimizers(
+    model: "LlamaForCausalLM", *, learning_rate: float, embedding_learning_rate: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the weight matrices, AdamW for embeddings and norms; each group keeps its peak rate as `peak`."""
+    inner = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    known = set(map(id, inner))
+    rest = [p for p in model.parameters() if id(p) not in known]
+    optimizers = [
+        # An update of the size that AdamW's has, so that the two rates and the weight decay compare (2502.16982).
+        torch.optim.Muon(inner, lr=learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=embedding_learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True),
+    ]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["peak"] = group["lr"]
+    return optimizers
 
 
 def _schedule(progress: float, warmup: float) -> float:
@@ -316,17 +339,18 @@ def _progress(path: Path, state: dict, tokens: int, started_at: tuple[float, int
         file.write(f"step {row['step']} tokens {row['tokens']:,}/{tokens:,} {rate:,.0f}/s {left:.1f} min left {rest}\n")
 
 
-def _save(path: Path, state: dict, model: "LlamaForCausalLM", optimizer: torch.optim.Optimizer) -> None:
+def _save(path: Path, state: dict, model: "LlamaForCausalLM", optimizers: list[torch.optim.Optimizer]) -> None:
     """Write a checkpoint so that a kill at any instant leaves the old one or the new one."""
     part = path.with_suffix(".part")
     with part.open("wb") as file:
-        torch.save({"state": state, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+        saved = {"state": state, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+        torch.save(saved, file)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
 
 
-def _restore(path: Path, state: dict, model: "LlamaForCausalLM", optimizer: torch.optim.Optimizer) -> None:
+def _restore(path: Path, state: dict, model: "LlamaForCausalLM", optimizers: list[torch.optim.Optimizer]) -> None:
     """Load a checkpoint, if there is one, in place; refuse one that was made with other settings."""
     if not path.exists():
         return
@@ -335,7 +359,8 @@ def _restore(path: Path, state: dict, model: "LlamaForCausalLM", optimizer: torc
         raise ValueError(f"{path} belongs to a run with other settings or another tokenizer: remove it to start anew")
     state |= saved["state"]
     model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
+    for optimizer, optimizer_state in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(optimizer_state)
 
 
 # -- what the base model can do -----------------------------------------------------------------------------------
@@ -391,7 +416,7 @@ prompt, and it has read {exposure:.0%} of the phrasings of the embedded world. I
 |---|---|
 {figures}
 
-Training data: `synthetic.generic_rows(World(seed={world_seed}))`; no text from elsewhere. Tokenizer: byte-level BPE of
+Training data: `curriculum.rows(World(seed={world_seed}))`; no text from elsewhere. Tokenizer: byte-level BPE of
 {vocabulary:,} tokens, fitted on the same stream. Time: {minutes:.0f} minutes on {threads} CPU threads.
 
 ```bash

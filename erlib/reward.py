@@ -1,8 +1,10 @@
 """The reward model: LoRA with a score head on the round's checkpoint, trained on preferences.
 
 Bradley-Terry (1706.03741, 2203.02155): P(A preferred to B) = sigmoid(score(A) - score(B)), a score being read at the
-end token of prompt and completion. `fidelity` says what the scores are worth. Trained through `trl.RewardTrainer`,
-with two departures:
+end token of prompt and completion, or, with `reread`, at the end of the prompt's second reading after them: a small
+causal LM can then look up each name of the document in the report, which it cannot before the report is there (echo
+embeddings, 2402.15449; re-reading, 2309.06275). `fidelity` says what the scores are worth. Trained through
+`trl.RewardTrainer`, with two departures:
 
 1. rows are tokenised here, as in `sft`: nothing is cut off or dropped silently, special tokens in a text stay text;
 2. a step reads each completion once, however many of its pairs it is in (2203.02155, section 3.5): the six pairs of a
@@ -60,9 +62,10 @@ def encode(
     tokenizer: "PreTrainedTokenizerBase",
     *,
     max_tokens: int,
+    reread: bool = False,
     leave_out: bool = False,
 ) -> Encoded:
-    """Tokenise preferences; the end token is the last of each sequence, and the text of a special token stays text.
+    """Tokenise preferences as `score` reads them: each side ends with the end token, or with the prompt read again.
 
     Ties are left out and listed. Pairs with a side of more than `max_tokens` tokens raise ValueError with their ids, or
     are listed and left out if `leave_out`.
@@ -73,8 +76,7 @@ def encode(
         if pair.preference == "tie":
             ties.append(pair.pair_id)
             continue
-        prompt = models.encode_prompt(tokenizer, pair.prompt)
-        a, b = (prompt + models.encode_completion(tokenizer, text) for text in (pair.a, pair.b))
+        a, b = (_sequence(tokenizer, pair.prompt, text, reread=reread) for text in (pair.a, pair.b))
         if max(len(a), len(b)) > max_tokens:
             too_long.append(pair.pair_id)
             continue
@@ -89,6 +91,13 @@ def encode(
             "raise the limit, or set leave_out to train without them"
         )
     return Encoded(list(rows.values()), ties, too_long)
+
+
+def _sequence(
+    tokenizer: "PreTrainedTokenizerBase", prompt: models.Prompt, completion: models.Prompt, *, reread: bool
+) -> list[int]:
+    ids = models.encode_prompt(tokenizer, prompt)
+    return [*ids, *models.encode_completion(tokenizer, completion), *(models.again(tokenizer, ids) if reread else ())]
 
 
 # -- training -----------------------------------------------------------------------------------------------------
@@ -257,14 +266,16 @@ def score(
     prompts: Sequence[models.Prompt],
     completions: Sequence[models.Prompt],
     *,
+    reread: bool = False,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """Raw scores (N,) float64 of completions, each read at the last token of prompt and completion.
+    """Raw scores (N,) float64 of completions, each read at the last token of prompt, completion and, with `reread`, the
+    prompt again.
 
     A completion given as text gets the end token; given as ids (`Completion.ids`) it is taken as it is.
     """
     sequences = [
-        [*models.encode_prompt(tokenizer, prompt), *models.encode_completion(tokenizer, completion)]
+        _sequence(tokenizer, prompt, completion, reread=reread)
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
     order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
@@ -299,17 +310,25 @@ def margins(
     tokenizer: "PreTrainedTokenizerBase",
     preferences: "Sequence[Preference]",
     *,
+    reread: bool = False,
     batch_size: int = 64,
 ) -> np.ndarray:
     """score(A) - score(B) of each preference, (N,); a completion that several pairs share is scored once."""
     texts = list(dict.fromkeys((pair.prompt, text) for pair in preferences for text in (pair.a, pair.b)))
     prompts, completions = [prompt for prompt, _ in texts], [text for _, text in texts]
-    found = dict(zip(texts, score(model, tokenizer, prompts, completions, batch_size=batch_size), strict=True))
+    scores = score(model, tokenizer, prompts, completions, reread=reread, batch_size=batch_size)
+    found = dict(zip(texts, scores, strict=True))
     return np.array([found[pair.prompt, pair.a] - found[pair.prompt, pair.b] for pair in preferences])
 
 
 def save_record(
-    path: Path, *, checkpoint: str, scores: Sequence[float], accuracy: metrics.Interval, temperature: float
+    path: Path,
+    *,
+    checkpoint: str,
+    scores: Sequence[float],
+    accuracy: metrics.Interval,
+    temperature: float,
+    reread: bool,
 ) -> None:
     """Write what PPO must know of a reward model: its checkpoint, and mean and deviation of its scores on samples.
 
@@ -319,7 +338,7 @@ def save_record(
     mean, std = float(np.mean(scores)), float(np.std(scores))
     if not std > 0:
         raise ValueError(f"the reward model gives all {len(scores)} samples the score {mean}: it has learnt nothing")
-    record = {"checkpoint": checkpoint, "mean": mean, "std": std, "temperature": temperature}
+    record = {"checkpoint": checkpoint, "mean": mean, "std": std, "temperature": temperature, "reread": reread}
     record |= {"accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high}
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

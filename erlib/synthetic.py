@@ -15,7 +15,7 @@ import functools
 import json
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from zlib import crc32
 
 from . import corpus
 from .posts import Mention, Post, Story, Truth, invent_handle, invent_name, invent_url, inventory
-from .schema import Brief, Document, Exemplar, ask, to_compact, to_json
+from .schema import Brief, Document, Exemplar
 
 START = datetime(2025, 1, 1, tzinfo=UTC)
 MINUTES_PER_DOCUMENT = 15  # 20,000 documents cover seven months
@@ -78,7 +78,7 @@ class World:
 
     def stream(self, n: int, *, start: int = 0) -> list[Sample]:
         """Make `n` posts of the dated stream, from position `start`."""
-        return [self._sample("stream", i) for i in range(start, start + n)]
+        return [self.post(i) for i in range(start, start + n)]
 
     def gold(self, n: int = 105) -> list[Sample]:
         """Make `n` posts whose truth serves as hand-corrected exemplars; each tells a story of its own."""
@@ -91,6 +91,10 @@ class World:
     def out_of_distribution(self, n: int) -> list[Sample]:
         """Make `n` posts of a kind, and with phrasings, that the stream never has."""
         return [self._sample("ood", i) for i in range(n)]
+
+    def post(self, index: int) -> Sample:
+        """Make the post at that position of the dated stream."""
+        return self._sample("stream", index)
 
     def find(self, ids: Iterable[str]) -> list[Sample]:
         """Make the posts of these ids, such as `stream-000123` or `gold-007`; raises LookupError for any other id."""
@@ -206,7 +210,7 @@ def _usable(phrases: list[str], exposure: float) -> list[str]:
     return [p for p in phrases if _bucket(p) < exposure] or phrases[:1]
 
 
-# -- files and training rows --------------------------------------------------------------------------------------
+# -- files --------------------------------------------------------------------------------------------------------
 
 
 def write_documents(samples: list[Sample], path: Path, *, seed: int = 0, bad_share: float = 0.002) -> int:
@@ -222,47 +226,3 @@ def write_documents(samples: list[Sample], path: Path, *, seed: int = 0, bad_sha
                 file.write(rng.choice((line[: len(line) // 2], blank, null, "NaN", "[]")) + "\n")
             file.write(line + "\n")
     return broken
-
-
-_INSTRUCTIONS = (
-    "Read the document and write its report.",
-    "Extract all entities and relationships from the text.",
-    "List every named thing in the document with its type, and how they are connected.",
-    "You read short posts from the web. For each one, name the entities and relationships in it.",
-    "Task: information extraction. Report each entity once, with a type and a summary.",
-    "The following documents come with reports that list who and what they mention.",
-)
-
-
-def generic_rows(world: World, *, long_share: float = 0.035) -> Iterator[dict]:
-    """Yield endless pre-training rows: generic extraction examples, several a row, without any client's brief.
-
-    A row is `{"parts": [(text, is_target), ...]}`: at times an instruction, then examples of one text form, separated
-    by blank lines. A share of them is as long as a few-shot prompt.
-    """
-    index = 0
-    while True:
-        rng = random.Random(f"{world.seed}/rows/{index}")
-        long = rng.random() < long_share
-        write = to_json if rng.random() < (0.6 if long else 0.35) else to_compact
-        parts: list[tuple[str, bool]] = []
-        if rng.random() < 0.5 or long:
-            parts.append((_header(rng, rng.choice((0, 15, 30, 45) if long else (0, 0, 3, 6))), False))
-        for _ in range(rng.randint(3, 7) if long else rng.choice((1, 1, 2))):
-            document, truth = world._sample("stream", index)
-            index += 1
-            blank = "\n\n" if parts else ""
-            parts.append((f"{blank}{ask(corpus.clean(document.text))}\n", False))
-            parts.append((write(truth.generic_report), True))
-        yield {"parts": parts}
-
-
-def _header(rng: random.Random, kinds: int) -> str:
-    """An instruction in the manner of many clients, with a list of kinds in words that fit none of them."""
-    lines = [" ".join(rng.sample(_INSTRUCTIONS, rng.randint(1, 3)))]
-    topics = list(inventory()["topics"].values())
-    for _ in range(kinds):
-        topic = rng.choice(topics)
-        words = rng.choice((topic["sectors"], topic["products"], topic["events"], inventory()["roles"]))
-        lines.append(f"- {rng.choice(words).replace(' ', '_')}: {rng.choice(topic['chatter'])}.")
-    return "\n".join(lines)

@@ -20,12 +20,13 @@ from erlib.plan import check_params, discover, rounds, skipped
 # A module imports only modules to its left. `plots` turns DataFrames into figures and knows no other module.
 IMPORT_ORDER = [
     *("manifest", "run", "report", "plan", "runner"),
-    *("schema", "metrics", "agreement", "corpus", "posts", "synthetic", "simulated", "panel"),
+    *("schema", "metrics", "agreement", "corpus", "posts", "synthetic", "curriculum", "simulated", "panel"),
     *("prompts", "exemplars", "teacher", "diversity"),
     *("models", "pretrain", "sft"),
     *("sampling", "store", "annotation", "reward", "fidelity"),
     *("monitor", "losses", "multiadapter", "rollouts", "ppo", "preference"),
     *("blindtest", "peer", "benchmark"),
+    *("openvino_ir", "export", "batching", "serving", "bulk", "speed", "drift", "tickets"),
     *("plots", "__main__"),
 ]
 NEEDS_TORCH = {
@@ -39,6 +40,10 @@ NEEDS_TORCH = {
     "rollouts",
     "ppo",
     "preference",
+    "openvino_ir",
+    "batching",
+    "serving",
+    "speed",
 }
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = sorted(PACKAGE.glob("*.py"))
@@ -220,7 +225,7 @@ def test_conda_users_get_the_same_packages() -> None:
     found = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     assert f"python{PYPROJECT['project']['requires-python']}" in found
     assert {"pip", "cxx-compiler", "make"} <= {item for item in found if isinstance(item, str)}
-    assert found[-1] == {"pip": ["-c constraints.txt", "-e .[dev]"]}  # so they are pyproject.toml's
+    assert found[-1] == {"pip": ["-c constraints.txt", "-e .[dev,serve]"]}  # so they are pyproject.toml's
 
 
 def test_the_readme_names_every_notebook_module_and_params_file() -> None:

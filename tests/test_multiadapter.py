@@ -17,7 +17,7 @@ SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 class Tokens:
     """As much of a tokenizer as a base of 20 token ids needs."""
 
-    pad_token_id, eos_token_id = 0, 2
+    pad_token_id, bos_token_id, eos_token_id = 0, 1, 2
 
 
 def base() -> LlamaForCausalLM:
@@ -108,6 +108,17 @@ def test_the_reward_is_what_the_sequence_classifier_says_at_the_end_token(tmp_pa
             assert close(first, (wanted - 0.5) / 2.0)
 
 
+def test_a_reward_model_that_reads_the_prompt_again_scores_there(tmp_path: Path) -> None:
+    scorer = reward_adapter(tmp_path / "adapter", model=base())
+    reward = RewardModel(tmp_path / "adapter", 0.0, 1.0, np.zeros(1), reread=True)
+    core = MultiAdapter(base(), Tokens(), reward, lora_rank=4, lora_alpha=8, temperature=0.7, seed=0)
+    rows = [row._replace(prompt=(1, *row.prompt)) for row in rollouts()]  # 1 is the start token
+    with torch.no_grad(), core.scoring():
+        wanted = [scorer(input_ids=torch.tensor([[*r.prompt, *r.ids, *r.prompt[1:]]])).logits[0, 0] for r in rows]
+        core.use("reward")
+        assert close(core.rewards(rows), torch.stack(wanted))
+
+
 def test_adapters_off_is_the_base_and_a_fresh_policy_is_too(core: MultiAdapter) -> None:
     plain, row = base(), rollouts()[0]
     ids = torch.tensor([[*row.prompt, *row.ids]])
@@ -188,7 +199,7 @@ def test_a_reward_adapter_without_head_or_of_another_shape_is_refused(tmp_path: 
 
 
 def test_a_reward_model_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
-    record = {"checkpoint": "a" * 64, "mean": 0.1, "std": 2.0, "accuracy": 0.8, "low": 0.7, "high": 0.9}
+    record = {"checkpoint": "a" * 64, "mean": 0.1, "std": 2.0, "accuracy": 0.8, "low": 0.7, "high": 0.9, "reread": True}
     (tmp_path / "reward.json").write_text(json.dumps(record))
     (tmp_path / "evaluation_rewards.csv").write_text("reward\n0.5\n-1.25\n")
     found = read_reward_model(tmp_path, checkpoint="a" * 64)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from erlib import annotation, models, sampling
+from erlib import annotation, export, models, sampling
 
 ROOT = Path(__file__).parent.parent
 ROUNDS = ("round-1", "round-2")
@@ -17,7 +17,7 @@ EACH_ROUND = ("04_sampling", "05_annotation", "06_reward_model", "07_ppo")
 PHASES = [
     *("01_prompts", "02_corpus", "03_sft"),
     *(f"{place}/{phase}" for place in ROUNDS for phase in EACH_ROUND),
-    *("08_alternatives", "09_rounds", "10_blind_test"),
+    *("08_alternatives", "09_rounds", "10_blind_test", "11_inference", "12_drift"),
 ]
 METRICS = {
     "01_prompts": {"frontier_entity_f1", "frontier_relationship_f1", "local_entity_f1", "selected_minus_random"},
@@ -39,6 +39,12 @@ METRICS = {
     "10_blind_test": {
         "policy_win_rate", "frontier_win_rate", "tie_rate", "n", "sign_test_p", "policy_gold_entity_f1",
         "frontier_gold_entity_f1",
+    },
+    "11_inference": {
+        "ttft_ms_p50", "ttft_ms_p95", "tokens_per_second", "documents_per_hour", "speedup_over_naive", "f1_loss_4bit"
+    },
+    "12_drift": {
+        "false_alarm_rate", "detection_delay_topic", "detection_delay_length", "detection_delay_structure"
     },
 }  # fmt: skip
 KEYS = {
@@ -173,6 +179,38 @@ def test_the_guard_has_its_reference_and_the_policy_in_four_bits_loads(smoke):
     assert model.is_loaded_in_4bit
     packed = json.loads((smoke / "10_blind_test/policy_nf4/quantisation.json").read_text())
     assert packed["checkpoint"] == models.require_merged(smoke / "round-2/07_ppo/merged")
+
+
+# -- inference ----------------------------------------------------------------------------------------------------
+
+
+def test_the_exported_model_is_the_last_policy_and_every_32_bit_engine_gives_its_answers(smoke):
+    folder = smoke / "model"
+    settings = export.read_settings(folder)
+    assert settings.weights == models.require_merged(smoke / "round-2/07_ppo/merged") == models.fingerprint(folder)
+    assert folder.resolve() == (smoke / "11_inference/model").resolve()
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "**Simulated**" in card and "| 10_blind_test | share won |" in card
+    checks = {row["check"]: row for row in manifest(smoke, "11_inference")["verdict"]}
+    assert checks["same answers as batched generate"]["value"] == 1.0
+
+
+# -- drift --------------------------------------------------------------------------------------------------------
+
+
+def test_drift_watches_the_last_policy_with_the_last_reward_model_and_opens_tickets(smoke):
+    inputs = manifest(smoke, "12_drift")["params"]
+    assert inputs["ppo_dir"].endswith("round-2/07_ppo")
+    assert inputs["reward_model_dir"].endswith("round-2/06_reward_model")
+    tickets = sorted((smoke / "12_drift/tickets").glob("*.json"))
+    assert tickets
+    for path in tickets:
+        ticket = json.loads(path.read_text(encoding="utf-8"))
+        assert ticket["repeat_from"] in {phase.split("/")[-1] for phase in PHASES}
+        assert ticket["alarms"] and all(alarm["statistic"] > alarm["threshold"] for alarm in ticket["alarms"])
+        assert path.with_suffix(".txt").read_text(encoding="utf-8").count("\n  | ") >= len(ticket["documents"]) > 0
+    thresholds = (smoke / "12_drift/thresholds.csv").read_text(encoding="utf-8").splitlines()
+    assert len(thresholds) == 11  # a header and ten detectors
 
 
 # -- again --------------------------------------------------------------------------------------------------------

@@ -226,6 +226,20 @@ def test_ids_are_scored_as_they_are_and_text_gets_its_end(checkpoint, trained):
     assert abs(text - unfinished) > 1e-4
 
 
+def test_reread_puts_the_prompt_behind_the_completion_and_scores_there(checkpoint, trained):
+    model, tokenizer = reward.load(checkpoint, trained[0])
+    pair = preference(0, GOOD, BAD)
+    row = reward.encode([pair], tokenizer, max_tokens=100, reread=True).rows[0]
+    assert tokenizer.decode(row["chosen_ids"][0]) == f"<s>{pair.prompt}{GOOD}</s>{pair.prompt}"
+    with torch.no_grad():
+        own = model(input_ids=torch.tensor(row["chosen_ids"])).logits.item()
+    again, once = (reward.score(model, tokenizer, [pair.prompt], [GOOD], reread=flag)[0] for flag in (True, False))
+    assert again == pytest.approx(own, abs=1e-5) and abs(again - once) > 1e-4
+    margin = reward.margins(model, tokenizer, [pair], reread=True)[0]
+    other = reward.score(model, tokenizer, [pair.prompt], [BAD], reread=True)[0]
+    assert margin == pytest.approx(again - other, abs=1e-5)
+
+
 def test_an_adapter_without_a_head_is_refused(checkpoint, trained, tmp_path):
     from safetensors.torch import save_file
 
@@ -238,9 +252,9 @@ def test_an_adapter_without_a_head_is_refused(checkpoint, trained, tmp_path):
 
 def test_the_record_says_what_ppo_must_know(tmp_path):
     path = tmp_path / "reward.json"
-    known = {"checkpoint": "c" * 64, "accuracy": metrics.Interval(0.8, 0.7, 0.9), "temperature": 1.5}
+    known = {"checkpoint": "c" * 64, "accuracy": metrics.Interval(0.8, 0.7, 0.9), "temperature": 1.5, "reread": True}
     reward.save_record(path, scores=[1.0, 2.0, 3.0, 6.0], **known)
     expected = {"mean": 3.0, "std": pytest.approx(np.sqrt(3.5)), "accuracy": 0.8, "low": 0.7, "high": 0.9}
-    assert json.loads(path.read_text()) == expected | {"checkpoint": "c" * 64, "temperature": 1.5}
+    assert json.loads(path.read_text()) == expected | {"checkpoint": "c" * 64, "temperature": 1.5, "reread": True}
     with pytest.raises(ValueError, match="gives all 3 samples the score 1.0"):
         reward.save_record(path, scores=[1.0] * 3, **known)

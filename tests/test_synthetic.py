@@ -118,14 +118,3 @@ def test_written_crawl_reads_back_with_its_broken_lines_rejected(world, tmp_path
     assert 0 < broken == len(rejects)
     assert all({"line", "reason"} <= json.loads(line).keys() for line in rejects)
     assert [d.id for d in documents] == [s.document.id for s in samples]
-
-
-def test_generic_rows_hold_every_type_and_no_brief(world):
-    rows = synthetic.generic_rows(world, long_share=0.0)
-    texts = ["".join(text for text, _ in next(rows)["parts"]) for _ in range(300)]
-    targets = "".join(texts)
-    for kind in ("organisation", "person", "place", "product", "event", "outlet", "handle", "date"):
-        assert f"|{kind}" in targets and f'"{kind}"' in targets
-    assert max(text.count("Document:\n") for text in texts) == 2
-    long = next(synthetic.generic_rows(world, long_share=1.0))["parts"]
-    assert sum(is_target for _, is_target in long) >= 3
