@@ -36,6 +36,7 @@ PAD, BOS, EOS = "<pad>", "<s>", "</s>"  # ids 0, 1, 2
 _WORDS = r"\n|\p{N}|\p{Lu}\p{L}*| ?\p{Ll}+| ?[^\s\p{L}\p{N}]+|[^\S\n]+?(?= ?\S)|[^\S\n]+|\p{L}+|\s"
 FINISHED = "finished.json"  # written last: the settings' key and the log
 _POOL = 2048  # rows sorted by length at a time
+_TAIL = 0.22  # share of the tokens that are read at the lowest rates
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 1536) -> "PreTrainedTokenizerFast":
@@ -208,7 +209,7 @@ def train(
     evaluate: Callable[["LlamaForCausalLM"], dict[str, float]] | None = None,
     evaluate_every: int = 1_000_000,
 ) -> "pd.DataFrame":
-    """Train on `tokens` real tokens (warm-up, cosine decay to 10 %); fp32 weights and tokenizer end in `out`.
+    """Train on `tokens` real tokens (warm-up, then decay); fp32 weights and tokenizer end in `out`.
 
     `learning_rate` is Muon's for weight matrices, `embedding_learning_rate` AdamW's for embeddings and norms. Resumes
     from `out/checkpoint.pt` when killed: the same rows in the same order are needed and are read past. A model that was
@@ -314,10 +315,16 @@ def _optimizers(
 
 
 def _schedule(progress: float, warmup: float) -> float:
-    """Share of the learning rate at `progress` in 0..1: linear warm-up, then cosine decay to 10 %."""
+    """Share of the peak rate at `progress` in 0..1: linear warm-up, cosine to 10 %, then linear to 2 % at the end.
+
+    Most of what is learnt of relationships comes at low rates, so that the last `_TAIL` of the tokens have them.
+    """
     if progress < warmup:
         return (progress + 1e-3) / (warmup + 1e-3)
-    return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup)))
+    body = 1 - _TAIL
+    if progress < body:
+        return 0.55 + 0.45 * math.cos(math.pi * (progress - warmup) / (body - warmup))
+    return 0.1 - 0.08 * min(1.0, (progress - body) / _TAIL)
 
 
 def _evaluated(model: "LlamaForCausalLM", evaluate: Callable[["LlamaForCausalLM"], dict[str, float]]) -> dict:

@@ -115,8 +115,8 @@ def _listed(kinds: Sequence[Kind], *, wanted: bool) -> str:
 
 
 def short_prompt(text: str) -> str:
-    """The pared-back prompt of the fine-tuned LM: the document and a mark, ending with a newline."""
-    return f"{text}\n=>\n"
+    """The pared-back prompt of the fine-tuned LM: the question alone, without a word of the brief, ending in a newline."""
+    return f"{ask(text)}\n"
 
 
 def flatten(messages: Sequence[Mapping[str, str]]) -> str:

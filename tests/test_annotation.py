@@ -395,7 +395,7 @@ def test_preferences_are_signs_of_mean_sums_and_read_back(tmp_path):
     table = annotation.export(book, tmp_path, seed=0)
     found = annotation.read_preferences(tmp_path / "preferences.jsonl", checkpoint="c0ffee")
     assert found == annotation.preferences(book) and len(found) == 8
-    assert found[0].prompt.endswith("\n=>\n") and found[0].score == 0 and found[0].preference == "tie"
+    assert found[0].prompt.endswith("\nReport:\n") and found[0].score == 0 and found[0].preference == "tie"
     assert sorted(found[0].votes) == ["A", "B", "B", "tie"]
     assert found[0].aspects == {"entities": 0.5, "relationships": -0.5, "summaries": 0.0}
     ratings, groups = annotation.votes(found)

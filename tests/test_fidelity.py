@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from erlib import fidelity
 from erlib.annotation import Preference
+from erlib.prompts import short_prompt
 
 
 def preference(document, pair, *, label="A", score=None, votes=None, a="aa", b="b"):
@@ -18,7 +19,7 @@ def preference(document, pair, *, label="A", score=None, votes=None, a="aa", b="
         document_id=document,
         split="test",
         checkpoint="c" * 64,
-        prompt=f"{document}\n=>\n",
+        prompt=short_prompt(document),
         a=a,
         b=b,
         preference=label,
@@ -112,7 +113,8 @@ def test_length_correlations_of_model_and_annotators():
 def test_the_worst_error_comes_first_in_full():
     worst = fidelity.worst(PREFERENCES, table(PREFERENCES, MARGINS), n=5)
     assert list(worst["margin"]) == [-3.0]
-    assert worst.iloc[0][["prompt", "A", "B", "annotators prefer"]].tolist() == ["d2\n=>\n", "x", "long text", "A"]
+    shown = worst.iloc[0][["prompt", "A", "B", "annotators prefer"]].tolist()
+    assert shown == [short_prompt("d2"), "x", "long text", "A"]
 
 
 # -- calibration --------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def test_the_fine_tuned_model_loads_with_plain_transformers(smoke):
 
     folder = smoke / "03_sft" / "merged"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer("Brinvex Labs has acquired Tamulia.\n=>\n", return_tensors="pt")
+    ids = tokenizer("Document:\nBrinvex Labs has acquired Tamulia.\nReport:\n", return_tensors="pt")
     written = model.generate(**ids, max_new_tokens=24, do_sample=False)
     assert written.shape[1] > ids["input_ids"].shape[1]
 

@@ -65,6 +65,23 @@ def test_digits_and_newlines_are_tokens_of_their_own():
     assert len(TOKENIZER("12\n\n3", add_special_tokens=False)["input_ids"]) == 5
 
 
+def test_the_text_none_is_the_end_token_and_the_text_of_one_is_not():
+    (ids, targets), *_ = pretrain.encode([{"parts": [("1", False), (None, False), ("</s>2", True)]}], TOKENIZER)
+    assert ids.count(2) == 2 and ids[2] == 2 and ids[-1] == 2  # start, "1", end, …, end
+    assert targets == [False] * 3 + [True] * (len(ids) - 3)
+
+
+# -- training rate ------------------------------------------------------------------------------------------------
+
+
+def test_the_rate_rises_falls_and_ends_low():
+    rates = [pretrain._schedule(step / 1000, 0.02) for step in range(1001)]
+    peak = rates.index(max(rates))
+    assert peak == 20 and max(rates) == pytest.approx(1.0, abs=1e-3)
+    assert all(a >= b for a, b in zip(rates[peak:], rates[peak + 1 :], strict=False))
+    assert rates[780] == pytest.approx(0.1, abs=2e-3) and rates[-1] == pytest.approx(0.02)
+
+
 # -- batches ------------------------------------------------------------------------------------------------------
 
 

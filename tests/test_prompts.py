@@ -113,7 +113,7 @@ def test_flatten_is_the_text_that_the_base_model_was_trained_on():
 
 
 def test_short_prompt_ends_with_a_newline():
-    assert prompts.short_prompt("text") == "text\n=>\n"
+    assert prompts.short_prompt("text") == "Document:\ntext\nReport:\n"
 
 
 def test_the_lm_gets_exactly_the_messages_of_the_adapter():

@@ -63,7 +63,8 @@ def test_only_the_completion_and_its_end_are_learnt(tokenizer):
     encoded = sft.encode(ROWS[:1], tokenizer, max_tokens=100)
     labels = [label for label in encoded.rows[0]["labels"] if label != -100]
     assert tokenizer.decode(labels) == "Kor|organisation</s>"
-    assert tokenizer.decode(encoded.rows[0]["input_ids"]) == "<s>Kor is here, </s> 0.\n=>\nKor|organisation</s>"
+    whole = "<s>Document:\nKor is here, </s> 0.\nReport:\nKor|organisation</s>"
+    assert tokenizer.decode(encoded.rows[0]["input_ids"]) == whole
     assert encoded.rows[0]["input_ids"].count(tokenizer.eos_token_id) == 1  # the one in the document stayed text
 
 
@@ -73,7 +74,7 @@ def test_a_row_has_the_tokens_of_its_whole_text(tokenizer):
 
 
 def test_no_row_is_lost_silently(tokenizer):
-    long = {"id": "long-one", "prompt": "Kor " * 200 + "\n=>\n", "completion": "none"}
+    long = {"id": "long-one", "prompt": "Kor " * 200 + "\n", "completion": "none"}
     with pytest.raises(ValueError, match="1 rows have more than max_tokens=100 tokens: long-one"):
         sft.encode([*ROWS, long], tokenizer, max_tokens=100)
     encoded = sft.encode([*ROWS, long], tokenizer, max_tokens=100, leave_out=True)
