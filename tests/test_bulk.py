@@ -13,7 +13,7 @@ import pytest
 from erlib import bulk, export, models, schema, serving
 from erlib.schema import Document
 
-N = 90
+N = 400  # enough that no signal comes too late
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,7 @@ def test_the_commands_of_the_card_work(folder, library):
     (block,) = [block for block in blocks if re.search(rf"^(from|import) {library}\b", block, flags=re.MULTILINE)][:1]
     ended = subprocess.run([sys.executable, "-c", block], cwd=folder, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert "|" in ended.stdout  # it wrote at least one line of a report
+    assert "Ada Morn" in ended.stdout  # an untuned base may take either text form, and finds the name in both
 
 
 def test_what_cannot_be_served_is_refused_and_leaves_the_old_folder(source, folder, tmp_path):

@@ -216,5 +216,5 @@ def test_token_table_measures_what_the_short_prompt_saves():
         return {"input_ids": [text.split() for text in texts]}
 
     table = prompts.token_table(tokenizer, GOLD[:4], template=V5, demos=GOLD[4:6])
-    assert table.loc["short prompt", "tokens"] == 7 and table.loc["full prompt", "tokens"] > 50
+    assert table.loc["short prompt", "tokens"] == 8 and table.loc["full prompt", "tokens"] > 50
     assert table.loc["report in compact form", "characters"] < table.loc["report as JSON", "characters"]
