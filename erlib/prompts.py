@@ -115,7 +115,7 @@ def _listed(kinds: Sequence[Kind], *, wanted: bool) -> str:
 
 
 def short_prompt(text: str) -> str:
-    """The pared-back prompt of the fine-tuned LM: the question alone, without a word of the brief, ending in a newline."""
+    """The pared-back prompt of the fine-tuned LM: the question alone, without the brief, and a newline."""
     return f"{ask(text)}\n"
 
 
