@@ -416,8 +416,8 @@ tags: [information-extraction, synthetic]
 
 A Llama of {parameters:,} parameters, trained from scratch on {tokens:,} tokens of the synthetic posts of `erlib`, so
 that the recipe runs on a laptop without a download. It is a *generic* reader: after `Document:` and `Report:` it writes
-every entity, relationship and fact that it sees, in the JSON or the line form. It knows no client's brief and no short
-prompt, and it has read {exposure:.0%} of the phrasings of the embedded world. It is of no use on real text.
+every entity, relationship and fact that it sees, in the JSON or the line form. It knows no client's brief, and
+it has read {exposure:.0%} of the phrasings of the embedded world. It is of no use on real text.
 
 | measured on {documents} documents with unseen names | F1 |
 |---|---|
