@@ -107,8 +107,7 @@ def read_documents(
                 documents.append(document)
             except _Bad as error:
                 reasons.append(str(error))
-                raw = row.raw or repr(dict(row.fields or {}))
-                file.write(json.dumps({"line": row.number, "reason": str(error), "row": raw[:300]}) + "\n")
+                file.write(json.dumps({"line": row.number, "reason": str(error), "row": _shown(row)}) + "\n")
     name = source if isinstance(source, str | Path) else type(source).__name__
     read = len(documents) + len(reasons)
     if read == 0:
@@ -122,6 +121,11 @@ def read_documents(
             f"id_column to names that it has, or raise max_reject_share."
         )
     return documents
+
+
+def _shown(row: _Row) -> str:
+    """The start of a row, for its line among the rejects."""
+    return (row.raw or repr(dict(row.fields or {})))[:300]
 
 
 def _rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[_Row]:
@@ -397,6 +401,14 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_splits(path: str | Path) -> dict[str, list[Document]]:
+    """Read the documents that phase 02 wrote, by their split: train, validation and test."""
+    splits: dict[str, list[Document]] = {"train": [], "validation": [], "test": []}
+    for row in read_jsonl(path):
+        splits[row.pop("split")].append(Document(**row))
+    return splits
+
+
 def numbered_rows(path: str | Path) -> Iterator[tuple[int, Mapping[str, Any] | None, str]]:
     """Read JSONL that may be bad: line number, object or None, and the fault of each line that is not blank."""
     for row in _jsonl_rows(Path(path)):
@@ -417,7 +429,7 @@ def numbered_documents(
         try:
             yield row.number, _document(row, text_column, id_column, max_chars), "", ""
         except _Bad as error:
-            yield row.number, None, str(error), (row.raw or repr(dict(row.fields or {})))[:300]
+            yield row.number, None, str(error), _shown(row)
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any] | BaseModel]) -> None:

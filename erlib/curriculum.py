@@ -117,7 +117,8 @@ def _header(rng: random.Random, kinds: int) -> str:
 
 def _verdict(rng: random.Random, text: str, report: Report) -> list[tuple[str | None, bool]]:
     draft = with_faults(rng, text, report, count=rng.choice((0, 0, 1, 1, 2, 2, 3, 4, 5, 7)))
-    missed, wrong = len(_items(report) - _items(draft)), len(_items(draft) - _items(report))
+    stated, drafted = _items(report), _items(draft)
+    missed, wrong = len(stated - drafted), len(drafted - stated)
     verdict = f"{min(9, missed + wrong)} faults: {missed} missed, {wrong} wrong"
     asked = f"{ask(text)}\n"
     return [(asked, False), (to_compact(draft), False), (None, False), (asked, False), (verdict, True)]

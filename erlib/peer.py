@@ -90,10 +90,10 @@ def memory(models: "list[torch.nn.Module]") -> Iterator[dict[str, int]]:
         yield found
     finally:
         hook.remove()
-    found["peak"] = _peak_rss() - before
+    found["peak"] = peak_rss() - before
 
 
-def _peak_rss() -> int:
+def peak_rss() -> int:
     """Peak resident bytes of this process; on Linux `ru_maxrss` begins at the peak of the process that started it."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")

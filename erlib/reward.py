@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from . import metrics, models
+from .manifest import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -340,6 +341,4 @@ def save_record(
         raise ValueError(f"the reward model gives all {len(scores)} samples the score {mean}: it has learnt nothing")
     record = {"checkpoint": checkpoint, "mean": mean, "std": std, "temperature": temperature, "reread": reread}
     record |= {"accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high}
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(record, indent=1) + "\n")

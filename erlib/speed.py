@@ -19,6 +19,7 @@ import torch
 from . import bulk, corpus, serving
 from .manifest import ROOT
 from .metrics import Interval
+from .peer import peak_rss
 from .schema import Document
 
 if TYPE_CHECKING:
@@ -163,16 +164,6 @@ def footprint(folder: Path, engine: str, documents: Path) -> dict[str, float]:
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def _peak_mb() -> float:
-    """Peak memory of this process; Linux's `ru_maxrss` would start with that of the parent it was forked from."""
-    import resource
-
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) for line in status.open() if line.startswith("VmHWM")) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def main() -> None:
     """Open the engine, extract once, print what it took."""
     folder, name, path = sys.argv[1:]
@@ -181,7 +172,7 @@ def main() -> None:
     opened = time.perf_counter() - began
     for _ in serving.extract(engine, [Document(**row) for row in corpus.read_jsonl(path)]):
         pass
-    print(json.dumps({"peak_rss_mb": _peak_mb(), "seconds_to_open": opened}))
+    print(json.dumps({"peak_rss_mb": peak_rss() / 2**20, "seconds_to_open": opened}))
 
 
 # -- the physical floor -------------------------------------------------------------------------------------------

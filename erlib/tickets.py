@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from .drift import DETECTORS, Features, require_dated
+from .manifest import write_text
 from .schema import Document
 
 
@@ -114,6 +115,4 @@ def write_ticket(opened: Mapping[str, Any], path: Path) -> None:
     written = {".json": json.dumps(opened, indent=1, ensure_ascii=False, allow_nan=False) + "\n"}
     written[".txt"] = ticket_text(opened)
     for suffix, text in written.items():
-        partial = path.with_name(f"{path.name}{suffix}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path.with_name(path.name + suffix))
+        write_text(path.with_name(path.name + suffix), text)

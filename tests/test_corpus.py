@@ -475,6 +475,14 @@ def test_the_brief_is_read_from_yaml_and_its_faults_are_told_with_key_or_line(tm
         corpus.read_brief(path)
 
 
+def test_documents_are_read_back_by_their_split(tmp_path: Path) -> None:
+    documents = [Document(id=f"d{n}", text=f"text {n}") for n in range(4)]
+    rows = [d.model_dump() | {"split": s} for d, s in zip(documents, ("test", "train", "test", "train"), strict=True)]
+    corpus.write_jsonl(tmp_path / "documents.jsonl", rows)
+    splits = corpus.read_splits(tmp_path / "documents.jsonl")
+    assert splits == {"train": [documents[1], documents[3]], "validation": [], "test": [documents[0], documents[2]]}
+
+
 def test_jsonl_is_written_whole_or_not_at_all_and_read_back_strictly(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [{"text": "é\u2028\n🙂", "n": 1.5}, {}]
