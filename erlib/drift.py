@@ -128,15 +128,13 @@ def read(
     scorer: "tuple[PreTrainedModel, PreTrainedTokenizerBase]",
     documents: Sequence[Document],
     *,
-    reread: bool,
     brief: Brief,
     max_new_tokens: int,
     batch_size: int = 64,
 ) -> dict[str, np.ndarray]:
     """Let a policy write greedy reports and a reward model score them: the features of `outputs`.
 
-    `reread` is how the reward model was trained (`reward.score`). Raises ValueError where a document is too long for
-    the policy's context.
+    Raises ValueError where a document is too long for the policy's context.
     """
     from . import models, reward
 
@@ -145,7 +143,7 @@ def read(
     texts = [completion.text for completion in written]
     parsed = [parse_compact(text, brief=brief, document=d.text) for text, d in zip(texts, documents, strict=True)]
     ids = [list(completion.ids) for completion in written]
-    scores = reward.score(*scorer, prompts, ids, reread=reread, batch_size=batch_size)
+    scores = reward.score(*scorer, prompts, ids, batch_size=batch_size)
     return outputs(parsed, scores, brief)
 
 

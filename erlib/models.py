@@ -109,11 +109,6 @@ def encode_completion(tokenizer: "PreTrainedTokenizerBase", completion: Prompt) 
     return [*ids, tokenizer.eos_token_id]
 
 
-def again(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int]) -> list[int]:
-    """A prompt's ids without the start token: what follows a completion when the prompt is read a second time."""
-    return list(prompt[1:] if prompt[0] == tokenizer.bos_token_id else prompt)
-
-
 def encode_messages(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, str]]) -> list[int]:
     """Token ids of chat messages: by the tokenizer's chat template, or by `prompts.flatten` where there is none.
 

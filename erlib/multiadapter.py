@@ -1,14 +1,14 @@
 """One base in memory, and on it policy, frozen reward model, value model and, with all adapters off, the reference.
 
-Four models cost one model and three LoRA adapters (Hydra-RLHF, 2309.00754). The value model starts as the reward model,
-its head scaled so that its first prediction is the normalised reward.
+Four models cost one model and three LoRA adapters (Hydra-RLHF, 2309.00754). The value model starts as the reward model:
+its head first gives what the token before a state added to the normalised reward.
 """
 
 import hashlib
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from . import models
+from .packing import Packed, Rollout, pack, token_logprobs
+from .reward import HEAD, combine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,13 +28,13 @@ if TYPE_CHECKING:
 
 class RewardModel(NamedTuple):
     """A trained reward adapter with its head, `mean` and `std` of its scores at the round's start, its scores (N,) on
-    held-out documents, which the guard compares with, and whether it reads the prompt again after a completion."""
+    held-out documents, which the guard compares with, and the temperature at which those samples were drawn."""
 
     adapter: Path
     mean: float
     std: float
     evaluation: np.ndarray
-    reread: bool = False
+    temperature: float = 1.0
 
 
 def read_reward_model(folder: Path, *, checkpoint: str) -> RewardModel:
@@ -44,29 +46,10 @@ def read_reward_model(folder: Path, *, checkpoint: str) -> RewardModel:
             f"{checkpoint[:12]}: run phases 04 to 06 of this round again, or point at the round's own phase 06"
         )
     evaluation = np.loadtxt(folder / "evaluation_rewards.csv", skiprows=1, ndmin=1)
-    return RewardModel(folder / "adapter", record["mean"], record["std"], evaluation, record["reread"])
+    return RewardModel(folder / "adapter", record["mean"], record["std"], evaluation, record["sampling_temperature"])
 
 
 # -- one base, three adapters ---------------------------------------------------------------------------------------
-
-
-class Rollout(NamedTuple):
-    """One sampled completion: token ids of prompt and completion (with its end), its text, whether it ended itself."""
-
-    prompt: tuple[int, ...]
-    ids: tuple[int, ...]
-    text: str
-    finished: bool
-
-
-class _Packed(NamedTuple):
-    """N rollouts in B lines of L tokens; `before` and `last` are places in the flattened lines (B L)."""
-
-    inputs: dict[str, torch.Tensor]
-    actions: torch.Tensor  # (N, T) token ids of the completions, padded on the right
-    mask: torch.Tensor  # (N, T) which of them are real
-    before: torch.Tensor  # (N, T) place of the state that each token follows
-    last: torch.Tensor  # (N,) place of the last real token
 
 
 class MultiAdapter:
@@ -98,10 +81,10 @@ class MultiAdapter:
         weights = load_file(reward.adapter / "adapter_model.safetensors")
         head = next((weights.pop(name) for name in list(weights) if name.endswith("score.weight")), None)
         if head is None or head.shape[0] != 1:
-            raise ValueError(f"{reward.adapter} has no score head of one row: train it with task_type SEQ_CLS")
+            raise ValueError(f"{reward.adapter} has no score head of one row: train it with `reward.train`")
         for name in ("reward", "value"):
             saved = LoraConfig.from_pretrained(str(reward.adapter))
-            saved.task_type, saved.modules_to_save, saved.inference_mode = None, None, False  # the head is held here
+            saved.modules_to_save, saved.exclude_modules, saved.inference_mode = None, None, False  # the head is here
             self.model.add_adapter(name, saved)
             read = set_peft_model_state_dict(self.model, dict(weights), adapter_name=name)
             missing = [key for key in read.missing_keys if f".{name}." in key]
@@ -110,16 +93,15 @@ class MultiAdapter:
         self.layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
         self.reward_head = head.float().to(model.device)
         self.value_head = torch.nn.Linear(head.shape[1], 1).to(model.device)
-        with torch.no_grad():  # the value of a complete answer begins as its normalised reward
-            self.value_head.weight.copy_(head.float() / reward.std)
-            self.value_head.bias.fill_(-reward.mean / reward.std)
+        with torch.no_grad():  # in deviations, as the reward is; 0 in the mean, as the normalised reward is
+            self.value_head.weight.copy_(HEAD * head.float() / reward.std)
+            self.value_head.bias.zero_()
         for module in model.modules():  # dropout would make old and new log-probabilities differ
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.0
-        self.tokenizer, self.pad, self.reread = tokenizer, tokenizer.pad_token_id, reward.reread
-        self.temperature, self.device = temperature, model.device
+        self.pad, self.temperature, self.device = tokenizer.pad_token_id, temperature, model.device
         self.flags = [(p, ".policy." in name or ".value." in name) for name, p in self.model.named_parameters()]
         self.use("policy")
 
@@ -155,55 +137,24 @@ class MultiAdapter:
         as_before = all(parameter.requires_grad == trained for parameter, trained in self.flags)
         require(as_before and self.model.training == training, "a scoring pass changed requires_grad or the mode")
 
-    def pack(self, rows: Sequence[Rollout]) -> _Packed:
-        """Lay rollouts out for a forward pass: neighbours with one prompt share a line, and so its encoding.
+    def pack(self, rows: Sequence[Rollout]) -> Packed:
+        """Rollouts laid out for a forward pass; neighbours of one prompt share its encoding."""
+        return pack(rows, pad=self.pad, dtype=self.model.dtype).to(self.device)
 
-        A line is padded on the left. Its mask lets a completion see the prompt and itself, and positions go on from the
-        prompt in each of them, so that no completion notices the others.
-        """
-        lines = [list(line) for _, line in itertools.groupby(rows, key=lambda row: row.prompt)]
-        width = max(len(line[0].prompt) + sum(len(row.ids) for row in line) for line in lines)
-        ids, positions = torch.full((len(lines), width), self.pad), torch.zeros((len(lines), width), dtype=torch.long)
-        part = torch.full((len(lines), width), -1)  # -1 padding, 0 prompt, 1, 2, … the completions
-        shape = (len(rows), max(len(row.ids) for row in rows))
-        actions, before, mask = torch.zeros((2, *shape), dtype=torch.long).unbind() + (torch.zeros(shape),)
-        last, index = torch.zeros(len(rows), dtype=torch.long), 0
-        for number, line in enumerate(lines):
-            prompt = line[0].prompt
-            at = width - len(prompt) - sum(len(row.ids) for row in line)
-            end = number * width + at + len(prompt) - 1
-            for place, tokens in enumerate([prompt, *(row.ids for row in line)]):
-                here, n = slice(at, at + len(tokens)), len(tokens)
-                ids[number, here], part[number, here] = torch.tensor(tokens), place
-                positions[number, here] = torch.arange(n) + (len(prompt) if place else 0)
-                if place:
-                    actions[index, :n], mask[index, :n] = ids[number, here], 1
-                    before[index, :n] = torch.tensor([end, *range(number * width + at, number * width + at + n - 1)])
-                    last[index], index = number * width + at + n - 1, index + 1
-                at += n
-        seen = torch.ones(width, width).tril().bool() & (part[:, None] >= 0)
-        seen &= (part[:, None] == 0) | (part[:, None] == part[:, :, None])
-        dtype = self.model.dtype
-        bias = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
-        inputs = {"input_ids": ids, "attention_mask": bias, "position_ids": positions}
-        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-        return _Packed(inputs, *(x.to(self.device) for x in (actions, mask, before, last)))
-
-    def _states(self, packed: _Packed) -> torch.Tensor:
+    def _states(self, packed: Packed) -> torch.Tensor:
         """Last hidden states of the backbone, flattened (B L, H)."""
         backbone = self.model.get_base_model().base_model
         return backbone(**packed.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
 
+    @property
+    def _unembed(self) -> torch.nn.Module:
+        return self.model.get_base_model().get_output_embeddings()
+
     def logprobs(self, rows: Sequence[Rollout], *, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability (N, T) of each completion token under softmax(logits / temperature), and entropy if asked."""
         packed = self.pack(rows)
-        real = packed.mask.bool()
-        logits = self.model.get_base_model().get_output_embeddings()(self._states(packed)[packed.before[real]])
-        spread = torch.log_softmax(logits.float() / self.temperature, dim=-1)
-        chosen = spread.gather(1, packed.actions[real][:, None]).squeeze(1)
-        zeros = torch.zeros_like(packed.mask)
-        found = zeros.masked_scatter(real, chosen)
-        return found, zeros.masked_scatter(real, -(spread.exp() * spread).sum(dim=-1)) if entropy else zeros
+        states = self._states(packed)
+        return token_logprobs(packed, states, self._unembed, temperature=self.temperature, entropy=entropy)
 
     def values(self, rows: Sequence[Rollout]) -> torch.Tensor:
         """Value of the state before each completion token (N, T)."""
@@ -211,11 +162,10 @@ class MultiAdapter:
         return self.value_head(self._states(packed)[packed.before].float()).squeeze(2) * packed.mask
 
     def rewards(self, rows: Sequence[Rollout]) -> torch.Tensor:
-        """Raw score of each completion (N,), read at its last real token or after the prompt's second reading."""
-        if self.reread:
-            rows = [row._replace(ids=(*row.ids, *models.again(self.tokenizer, row.prompt))) for row in rows]
+        """Raw score of each completion token (N, T), 0 behind the end (`reward.combine`); their sum is the reward."""
         packed = self.pack(rows)
-        return (self._states(packed)[packed.last].float() @ self.reward_head.T).squeeze(1)
+        head = partial(torch.nn.functional.linear, weight=self.reward_head)
+        return combine(packed, self._states(packed), unembed=self._unembed, head=head)
 
 
 def require(holds: bool, invariant: str) -> None:

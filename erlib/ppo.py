@@ -270,6 +270,7 @@ def train(
     kl_horizon: int = 10_000,
     reward_clip: float = 5.0,
     missing_end_penalty: float = 1.0,
+    dense_reward: bool = False,
     whiten_rewards: bool = False,
     gamma: float = 1.0,
     lam: float = 0.95,
@@ -330,8 +331,8 @@ def train(
     check_start(core, plain, probe, fresh=state.step == 0)
     sampling = {"batch_size": generation_batch_size, "max_new_tokens": max_new_tokens, "stop": stop}
     shaping = {
-        "clip": reward_clip, "missing_end": missing_end_penalty, "whiten_rewards": whiten_rewards,
-        "gamma": gamma, "lam": lam,
+        "clip": reward_clip, "missing_end": missing_end_penalty, "dense": dense_reward,
+        "whiten_rewards": whiten_rewards, "gamma": gamma, "lam": lam,
     }  # fmt: skip
     updating = {
         "samples": samples, "epochs": epochs, "mini_batch_size": mini_batch_size, "micro_batch_size": micro_batch_size,

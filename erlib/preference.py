@@ -197,7 +197,8 @@ def rloo(
         reward_funcs=reward,
         args=RLOOConfig(
             beta=kl_coef,
-            per_device_train_batch_size=prompts_per_step * samples,
+            per_device_train_batch_size=samples,  # a prompt at a time: memory does not grow with the step
+            gradient_accumulation_steps=prompts_per_step,
             num_generations=samples,
             max_completion_length=max_new_tokens,
             temperature=temperature,
@@ -332,9 +333,9 @@ def draw(
 ) -> "pd.DataFrame":
     """Reports of the active policy, `samples` a document: document, text, tokens, finished, reward and kl.
 
-    `kl` is the completion's log-probability under the policy minus that under the start, in nats: its mean over samples
-    at temperature 1 is the KL without bias (k1; k3 misses the rare tokens that carry much of a large KL). It is 0 for a
-    model without adapters, which is the start itself.
+    `kl` is the completion's log-probability under the policy minus that under the start, in nats, both at the
+    temperature of sampling (1 for greedy reports): its mean over samples is the KL without bias (k1; k3 misses the rare
+    tokens that carry much of a large KL). It is 0 for a model without adapters, which is the start itself.
     """
     import pandas as pd
     from peft import PeftModel
@@ -366,9 +367,11 @@ def draw(
         }
     )
     if isinstance(model, PeftModel):
+        reading = {"batch_size": batch_size, "temperature": temperature or 1.0}
+        policy = models.completion_logprobs(model, tokenizer, prompts, ids, **reading)
         with model.disable_adapter():
-            start = models.completion_logprobs(model, tokenizer, prompts, ids, batch_size=batch_size)
-        frame["kl"] = [sum(one.logprobs) - float(before.sum()) for one, before in zip(written, start, strict=True)]
+            start = models.completion_logprobs(model, tokenizer, prompts, ids, **reading)
+        frame["kl"] = [float(one.sum() - before.sum()) for one, before in zip(policy, start, strict=True)]
     return frame
 
 

@@ -72,15 +72,15 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 1536) -> "PreTrai
 def encode(rows: list[dict], tokenizer: "PreTrainedTokenizerFast") -> list[tuple[list[int], list[bool]]]:
     """Encode rows `{"parts": [(text, is_target)]}` as `<s> parts </s>`: ids, and which of them are targets.
 
-    The text `None` is the end token, and so is the last token, which is a target when the last part is one.
+    The end token is a target when the last part is one.
     """
-    texts = [text for row in rows for text, _ in row["parts"] if text is not None]
+    texts = [text for row in rows for text, _ in row["parts"]]
     encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
     sequences = []
     for row in rows:
         ids, targets = [tokenizer.bos_token_id], [False]
-        for text, is_target in row["parts"]:
-            part = [tokenizer.eos_token_id] if text is None else next(encoded)
+        for _, is_target in row["parts"]:
+            part = next(encoded)
             ids += part
             targets += [is_target] * len(part)
         sequences.append(([*ids, tokenizer.eos_token_id], [*targets, row["parts"][-1][1]]))

@@ -1,27 +1,29 @@
-"""The reward model: LoRA with a score head on the round's checkpoint, trained on preferences.
+"""The reward model: LoRA and a score head on the round's checkpoint, trained on preferences.
 
-Bradley-Terry (1706.03741, 2203.02155): P(A preferred to B) = sigmoid(score(A) - score(B)), a score being read at the
-end token of prompt and completion, or, with `reread`, at the end of the prompt's second reading after them: a small
-causal LM can then look up each name of the document in the report, which it cannot before the report is there (echo
-embeddings, 2402.15449; re-reading, 2309.06275). `fidelity` says what the scores are worth. Trained through
-`trl.RewardTrainer`, with two departures:
+Bradley-Terry (1706.03741, 2203.02155): P(A preferred to B) = sigmoid(score(A) - score(B)). The score of a completion is
+the sum of the scores of its tokens,
+
+    score(token) = head(state that has read it) / 8 + 0.2 log p(token | all before it),
+
+p being the adapted LM's own probability: a small LM knows less at the end token than along the way, and its
+probabilities hold most of what it knows (a policy is a reward model too: 2305.18290, 2404.12358). One pass reads both.
+`fidelity` says what the scores are worth. Trained through `trl.RewardTrainer`, with two departures:
 
 1. rows are tokenised here, as in `sft`: nothing is cut off or dropped silently, special tokens in a text stay text;
-2. a step reads each completion once, however many of its pairs it is in (2203.02155, section 3.5): the six pairs of a
-   document's four completions cost four readings, not twelve.
+2. a step reads each document and each completion once, however many of its pairs it is in (2203.02155, section 3.5):
+   the six pairs of a document's four completions cost one reading of the document, not twelve.
 
 Preferences that are ties teach no order: they are left out of training and of accuracies, and counted.
 
 `adapter/adapter_model.safetensors` holds the LoRA weights of the backbone as `base_model.model.model.…lora_A.weight`
-and `…lora_B.weight`, the names that they have in a causal LM's adapter too, and the head as
+and `…lora_B.weight`, the names that they have in any causal LM's adapter, and the head as
 `base_model.model.score.weight` (1, hidden size).
 """
 
-import copy
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,6 +32,7 @@ import torch
 
 from . import metrics, models
 from .manifest import write_text
+from .packing import Packed, Rollout, pack, token_logprobs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 
     from .annotation import Preference
 
+HEAD, LIKELIHOOD = 1 / 8, 0.2  # weights of the head and of the log-probability in a token's score
+
 
 # -- rows ---------------------------------------------------------------------------------------------------------
 
@@ -45,8 +50,8 @@ if TYPE_CHECKING:
 class Encoded(NamedTuple):
     """Training rows, and the ids of the pairs left out.
 
-    A row is a document: `document_id`, `chosen_ids` and `rejected_ids` (token ids of each of its pairs), and `length`,
-    the tokens of the longest.
+    A row is a document: `document_id`, `prompt_ids`, `chosen_ids` and `rejected_ids` (token ids of the completions of
+    each of its pairs), and `length`, the tokens of the prompt with its longest completion.
     """
 
     rows: list[dict]
@@ -63,42 +68,36 @@ def encode(
     tokenizer: "PreTrainedTokenizerBase",
     *,
     max_tokens: int,
-    reread: bool = False,
     leave_out: bool = False,
 ) -> Encoded:
-    """Tokenise preferences as `score` reads them: each side ends with the end token, or with the prompt read again.
+    """Tokenise preferences as `score` reads them: each completion ends with the end token.
 
-    Ties are left out and listed. Pairs with a side of more than `max_tokens` tokens raise ValueError with their ids, or
-    are listed and left out if `leave_out`.
+    Ties are left out and listed. Pairs with a side of more than `max_tokens` tokens, prompt included, raise ValueError
+    with their ids, or are listed and left out if `leave_out`.
     """
-    rows: dict[str, dict] = {}
+    rows: dict[tuple[str, str], dict] = {}
     ties, too_long = [], []
     for pair in preferences:
         if pair.preference == "tie":
             ties.append(pair.pair_id)
             continue
-        a, b = (_sequence(tokenizer, pair.prompt, text, reread=reread) for text in (pair.a, pair.b))
-        if max(len(a), len(b)) > max_tokens:
+        prompt = models.encode_prompt(tokenizer, pair.prompt)
+        a, b = (models.encode_completion(tokenizer, text) for text in (pair.a, pair.b))
+        length = len(prompt) + max(len(a), len(b))
+        if length > max_tokens:
             too_long.append(pair.pair_id)
             continue
-        empty = {"document_id": pair.document_id, "chosen_ids": [], "rejected_ids": [], "length": 0}
-        row = rows.setdefault(pair.document_id, empty)
+        empty = {"document_id": pair.document_id, "prompt_ids": prompt, "chosen_ids": [], "rejected_ids": []}
+        row = rows.setdefault((pair.document_id, pair.prompt), empty | {"length": 0})
         row["chosen_ids"].append(a if pair.preference == "A" else b)
         row["rejected_ids"].append(b if pair.preference == "A" else a)
-        row["length"] = max(row["length"], len(a), len(b))
+        row["length"] = max(row["length"], length)
     if too_long and not leave_out:
         raise ValueError(
             f"{len(too_long)} pairs have more than max_tokens={max_tokens} tokens: {', '.join(too_long[:10])}; "
             "raise the limit, or set leave_out to train without them"
         )
     return Encoded(list(rows.values()), ties, too_long)
-
-
-def _sequence(
-    tokenizer: "PreTrainedTokenizerBase", prompt: models.Prompt, completion: models.Prompt, *, reread: bool
-) -> list[int]:
-    ids = models.encode_prompt(tokenizer, prompt)
-    return [*ids, *models.encode_completion(tokenizer, completion), *(models.again(tokenizer, ids) if reread else ())]
 
 
 # -- training -----------------------------------------------------------------------------------------------------
@@ -111,9 +110,9 @@ def train(
     out: Path,
     validation: Sequence[dict] = (),
     expected: str | None = None,
-    epochs: int = 2,
-    batch_size: int = 4,
-    learning_rate: float = 1e-3,
+    epochs: int = 1,
+    batch_size: int = 1,
+    learning_rate: float = 7e-4,
     warmup_share: float = 0.05,
     lora_rank: int = 16,
     lora_alpha: int = 32,
@@ -175,24 +174,31 @@ def _trainer(
 ) -> "RewardTrainer":
     from datasets import Dataset
     from peft import LoraConfig
+    from transformers.modeling_outputs import SequenceClassifierOutput
     from transformers.trainer_callback import PrinterCallback
     from trl import RewardConfig, RewardTrainer
 
-    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-        """Distinct sequences (S, T), and where the chosen, then the rejected ones of P pairs are among them (2 P,)."""
-        sequences = [tuple(ids) for side in ("chosen_ids", "rejected_ids") for row in rows for ids in row[side]]
-        place = {ids: index for index, ids in enumerate(dict.fromkeys(sequences))}
-        ids, mask = _pad(list(place), tokenizer.pad_token_id)
-        return {"input_ids": ids, "attention_mask": mask, "places": torch.tensor([place[ids] for ids in sequences])}
+    def collate(rows: list[dict]) -> dict:
+        """Distinct completions, packed, and where the chosen, then the rejected ones of P pairs are in them (2 P,)."""
+        sides = [
+            [(number, tuple(ids)) for number, row in enumerate(rows) for ids in row[side]]
+            for side in ("chosen_ids", "rejected_ids")
+        ]
+        distinct = sorted(set(sides[0] + sides[1]))  # by document: its completions are neighbours
+        place = {key: index for index, key in enumerate(distinct)}
+        prompts = [tuple(row["prompt_ids"]) for row in rows]
+        completions = [Rollout(prompts[number], ids, "", True) for number, ids in distinct]
+        packed = pack(completions, pad=tokenizer.pad_token_id, dtype=model.dtype)
+        read = torch.tensor(sum(map(len, prompts)) + sum(len(row.ids) for row in completions))
+        places = torch.tensor([place[key] for side in sides for key in side])
+        return {"attention_mask": read, "packed": packed._asdict(), "places": places}  # trl counts tokens by the mask
 
     class EachOnce(RewardTrainer):
         def compute_loss(self, model, inputs, **kwargs):
-            places = inputs.pop("places")
+            packed, places = Packed(**inputs.pop("packed")), inputs.pop("places")
 
-            def scores(**inputs):
-                output = model(**inputs)
-                output.logits = output.logits[places]
-                return output
+            def scores(**_):
+                return SequenceClassifierOutput(logits=token_scores(model, packed).sum(dim=1, keepdim=True)[places])
 
             return super().compute_loss(scores, inputs, **kwargs)
 
@@ -216,18 +222,17 @@ def _trainer(
         data_collator=collate,
         train_dataset=Dataset.from_list(list(rows)),
         eval_dataset=Dataset.from_list(list(validation)) if validation else None,
-        peft_config=LoraConfig(target_modules="all-linear", lora_dropout=0.0, task_type="SEQ_CLS", **lora),
+        peft_config=LoraConfig(
+            target_modules="all-linear",
+            exclude_modules=["score"],
+            modules_to_save=["score"],
+            task_type="CAUSAL_LM",
+            lora_dropout=0.0,
+            **lora,
+        ),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def _pad(sequences: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask (N, T) of sequences, padded on the right: positions then count from 0 by themselves."""
-    width = max(map(len, sequences))
-    ids = torch.tensor([[*sequence, *[pad] * (width - len(sequence))] for sequence in sequences])
-    mask = torch.tensor([[1] * len(sequence) + [0] * (width - len(sequence)) for sequence in sequences])
-    return ids, mask
 
 
 # -- scores -------------------------------------------------------------------------------------------------------
@@ -236,29 +241,23 @@ def _pad(sequences: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, to
 def load(
     checkpoint: Path, adapter: Path | None = None, *, dtype: str = "float32", device: str = "auto"
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load a merged checkpoint as a classifier of one score, with a reward adapter and its head, and the tokenizer.
+    """Load a merged checkpoint with a score head beside its LM head, a reward adapter if there is one, and tokenizer.
 
-    Without an adapter the head is random: the start of training. Raises ValueError for an adapter without a score head.
+    Without an adapter the score head is random: the start of training. Raises ValueError for an adapter without one.
     """
     from peft import PeftModel
     from safetensors import safe_open
-    from transformers import AutoModelForSequenceClassification
 
     model, tokenizer = models.load(checkpoint, dtype=dtype, device=device)
-    config = copy.deepcopy(model.config)
-    config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
-    with torch.device("meta"):  # its body is the causal LM's, so nothing is drawn or loaded twice
-        classifier = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
-    setattr(classifier, classifier.base_model_prefix, model.base_model)
-    head = torch.nn.Linear(config.get_text_config().hidden_size, 1, bias=False)
-    torch.nn.init.normal_(head.weight, std=0.02)
-    classifier.score = head.to(model.device, model.dtype)
+    model.score = torch.nn.Linear(model.config.get_text_config().hidden_size, 1, bias=False, device=model.device)
+    torch.nn.init.normal_(model.score.weight, std=0.02)
+    model.config.num_labels = 1  # by this trl knows a reward model
     if adapter is None:
-        return classifier.eval(), tokenizer
+        return model.eval(), tokenizer
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         if not any(name.endswith("score.weight") for name in file.keys()):  # noqa: SIM118 - not a dict
             raise ValueError(f"{adapter} has no score head, its scores would be random: train it with {__name__}.train")
-    return PeftModel.from_pretrained(classifier, adapter).eval(), tokenizer
+    return PeftModel.from_pretrained(model, adapter).eval(), tokenizer
 
 
 def score(
@@ -267,43 +266,42 @@ def score(
     prompts: Sequence[models.Prompt],
     completions: Sequence[models.Prompt],
     *,
-    reread: bool = False,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """Raw scores (N,) float64 of completions, each read at the last token of prompt, completion and, with `reread`, the
-    prompt again.
+    """Raw scores (N,) float64 of completions, `batch_size` at a time.
 
     A completion given as text gets the end token; given as ids (`Completion.ids`) it is taken as it is.
     """
-    sequences = [
-        _sequence(tokenizer, prompt, completion, reread=reread)
-        for prompt, completion in zip(prompts, completions, strict=True)
+    rows = [
+        Rollout(tuple(models.encode_prompt(tokenizer, p)), tuple(models.encode_completion(tokenizer, c)), "", True)
+        for p, c in zip(prompts, completions, strict=True)
     ]
-    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
-    found = np.empty(len(sequences))
+    # Lines of similar length; completions of one prompt come together, so that it is read once.
+    order = sorted(range(len(rows)), key=lambda index: (len(rows[index].prompt), rows[index].prompt))
+    found = np.empty(len(rows))
     with models.evaluating(model):
         for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            ids, mask = _pad([sequences[index] for index in rows], tokenizer.pad_token_id)
-            scores = last_scores(model, ids.to(model.device), mask.to(model.device))
-            found[rows] = scores.double().cpu().numpy()
+            some = order[start : start + batch_size]
+            packed = pack([rows[index] for index in some], pad=tokenizer.pad_token_id, dtype=model.dtype)
+            found[some] = token_scores(model, packed.to(model.device)).sum(dim=1).double().cpu().numpy()
     return found
 
 
-def last_scores(model: "PreTrainedModel", ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Scores (B,) at the last position that `mask` (B, T) marks as real; `ids` (B, T) padded on either side.
-
-    The classifier's own forward looks for the last token that is not the padding token instead, and is wrong where a
-    model wrote that token itself.
-    """
+def token_scores(model: "PreTrainedModel", packed: Packed) -> torch.Tensor:
+    """Score of each completion token (N, T), 0 behind the end, by a model of `load`."""
     from peft import PeftModel
 
-    classifier = model.get_base_model() if isinstance(model, PeftModel) else model
-    body = getattr(classifier, classifier.base_model_prefix)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    hidden = body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
-    last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1)
-    return classifier.score(hidden[torch.arange(len(ids), device=ids.device), last]).squeeze(-1)
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    states = inner.base_model(**packed.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    return combine(packed, states, unembed=inner.get_output_embeddings(), head=inner.score)
+
+
+def combine(
+    packed: Packed, states: torch.Tensor, *, unembed: torch.nn.Module, head: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Token scores (N, T) from the adapted backbone's last hidden states (B L, H), its LM head and the score head."""
+    own = head(states[packed.at].float()).squeeze(2) * packed.mask
+    return HEAD * own + LIKELIHOOD * token_logprobs(packed, states, unembed)[0]
 
 
 def margins(
@@ -311,13 +309,12 @@ def margins(
     tokenizer: "PreTrainedTokenizerBase",
     preferences: "Sequence[Preference]",
     *,
-    reread: bool = False,
     batch_size: int = 64,
 ) -> np.ndarray:
     """score(A) - score(B) of each preference, (N,); a completion that several pairs share is scored once."""
     texts = list(dict.fromkeys((pair.prompt, text) for pair in preferences for text in (pair.a, pair.b)))
     prompts, completions = [prompt for prompt, _ in texts], [text for _, text in texts]
-    scores = score(model, tokenizer, prompts, completions, reread=reread, batch_size=batch_size)
+    scores = score(model, tokenizer, prompts, completions, batch_size=batch_size)
     found = dict(zip(texts, scores, strict=True))
     return np.array([found[pair.prompt, pair.a] - found[pair.prompt, pair.b] for pair in preferences])
 
@@ -329,16 +326,18 @@ def save_record(
     scores: Sequence[float],
     accuracy: metrics.Interval,
     temperature: float,
-    reread: bool,
+    sampling_temperature: float,
 ) -> None:
     """Write what PPO must know of a reward model: its checkpoint, and mean and deviation of its scores on samples.
 
-    `temperature` divides a margin before it is read as a log-odds; it changes no score. Raises ValueError when all
-    scores are equal, for nothing can then be learnt from them.
+    `sampling_temperature` is the samples': the scores of hotter ones lie elsewhere. `temperature` divides a margin
+    before it is read as a log-odds; it changes no score. Raises ValueError when all scores are equal, for nothing can
+    then be learnt from them.
     """
     mean, std = float(np.mean(scores)), float(np.std(scores))
     if not std > 0:
         raise ValueError(f"the reward model gives all {len(scores)} samples the score {mean}: it has learnt nothing")
-    record = {"checkpoint": checkpoint, "mean": mean, "std": std, "temperature": temperature, "reread": reread}
+    record = {"checkpoint": checkpoint, "mean": mean, "std": std, "temperature": temperature}
+    record |= {"sampling_temperature": sampling_temperature}
     record |= {"accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high}
     write_text(path, json.dumps(record, indent=1) + "\n")

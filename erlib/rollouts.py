@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from . import losses, models
-from .multiadapter import MultiAdapter, RewardModel, Rollout
+from .multiadapter import MultiAdapter, RewardModel
+from .packing import Rollout
 from .schema import parse_compact
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """The rollouts of a step and all that was measured on them: (N, T) tensors on the CPU, raw `scores` (N,)."""
+    """The rollouts of a step and all that was measured on them: (N, T) tensors on the CPU."""
 
     rows: list[Rollout]
     mask: torch.Tensor
@@ -29,9 +30,14 @@ class Batch(NamedTuple):
     entropy: torch.Tensor
     reference: torch.Tensor
     values: torch.Tensor
-    scores: torch.Tensor
+    token_scores: torch.Tensor
     advantages: torch.Tensor | None = None
     returns: torch.Tensor | None = None
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """Raw score (N,) of each completion."""
+        return self.token_scores.sum(dim=1)
 
 
 def collect(
@@ -102,7 +108,7 @@ def score(
     with core.scoring():
         policy = padded(each("policy", lambda part: torch.stack(core.logprobs(part, entropy=True), dim=-1)))
         reference = padded(each(None, lambda part: core.logprobs(part)[0]))
-        scores = torch.stack(each("reward", core.rewards))
+        scores = padded(each("reward", core.rewards))
         values = padded(each("value", core.values))
     mask = padded([torch.ones(len(row.ids)) for row in rows])
     return Batch(rows, mask, policy[..., 0], policy[..., 1], reference, values, scores)
@@ -115,14 +121,21 @@ def with_advantages(
     kl_coef: float,
     clip: float,
     missing_end: float,
+    dense: bool,
     whiten_rewards: bool,
     gamma: float,
     lam: float,
 ) -> Batch:
-    """Reward of each token: minus its KL to the reference; on the last one, too, the score, normalised and clipped."""
+    """Reward of each token: minus its KL to the reference, and on the last one the score, normalised and clipped.
+
+    `dense` gives each token what it adds to the score, and the last one the rest: the sum is the same.
+    """
     scores = ((batch.scores - reward.mean) / reward.std).clamp(-clip, clip)
     scores = scores - missing_end * torch.tensor([not row.finished for row in batch.rows])
     rewards = -kl_coef * losses.kl_estimates(batch.logprobs, batch.reference)[0] * batch.mask
+    if dense:
+        rewards += batch.token_scores / reward.std
+        scores = scores - batch.scores / reward.std
     rewards[torch.arange(len(rewards)), batch.mask.sum(dim=1).long() - 1] += scores
     rewards = losses.whiten(rewards, batch.mask, shift_mean=False) if whiten_rewards else rewards
     advantages, returns = losses.gae(rewards, batch.values, batch.mask, gamma=gamma, lam=lam)

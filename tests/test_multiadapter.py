@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from erlib.multiadapter import MultiAdapter, RewardModel, Rollout, check_start, read_reward_model
+from erlib import reward
+from erlib.multiadapter import MultiAdapter, RewardModel, check_start, read_reward_model
+from erlib.packing import Rollout, pack
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -26,13 +28,15 @@ def base() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def reward_adapter(folder: Path, *, model: LlamaForCausalLM) -> LlamaForSequenceClassification:
-    """Write a SEQ_CLS adapter with random weights, as reward training does, and give the model that it was made on."""
+def reward_adapter(folder: Path) -> PeftModel:
+    """Write an adapter with random weights and its head, as reward training does, and give the model it was made on."""
+    scorer = base()
     torch.manual_seed(1)
-    config = LlamaConfig.from_dict(model.config.to_dict() | {"num_labels": 1})
-    scorer = LlamaForSequenceClassification(config)
-    scorer.model.load_state_dict(model.model.state_dict())
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="SEQ_CLS")
+    scorer.score = torch.nn.Linear(SHAPE["hidden_size"], 1, bias=False)
+    lora = LoraConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", exclude_modules=["score"], modules_to_save=["score"],
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
     trained = get_peft_model(scorer, lora)
     for name, parameter in trained.named_parameters():
         if "lora_B" in name:
@@ -43,7 +47,7 @@ def reward_adapter(folder: Path, *, model: LlamaForCausalLM) -> LlamaForSequence
 
 @pytest.fixture
 def core(tmp_path: Path) -> MultiAdapter:
-    reward_adapter(tmp_path / "adapter", model=base())
+    reward_adapter(tmp_path / "adapter")
     return adapters(tmp_path / "adapter")
 
 
@@ -93,30 +97,31 @@ def test_rows_that_share_a_line_get_what_they_get_alone(core: MultiAdapter) -> N
     assert tuple(width) == (2, 9 + 4 + 8 + 2)  # the prompt of three rows is read once
 
 
-def test_the_reward_is_what_the_sequence_classifier_says_at_the_end_token(tmp_path: Path) -> None:
-    scorer = reward_adapter(tmp_path / "adapter", model=base())
+def test_the_reward_is_what_phase_06_measured(tmp_path: Path) -> None:
+    """The scores of the model on which 06 was trained, and the value model begins as their head, in deviations."""
+    scorer = reward_adapter(tmp_path / "adapter")
     core = adapters(tmp_path / "adapter", mean=0.5, std=2.0)
     rows = rollouts()
     with torch.no_grad():
-        wanted = torch.stack([scorer(input_ids=torch.tensor([[*r.prompt, *r.ids]])).logits[0, 0] for r in rows])
+        wanted = reward.token_scores(scorer, pack(rows, pad=0, dtype=torch.float32))
+        alone = [reward.token_scores(scorer, pack([row], pad=0, dtype=torch.float32)).sum() for row in rows]
+        head = [scorer.get_base_model().score(state(scorer, row)).item() for row in rows]
         with core.scoring():
             core.use("reward")
-            assert close(core.rewards(rows), wanted)
-            core.use("value")  # begins as the normalised reward; read one token before an end that is appended
+            found = core.rewards(rows)
+            assert close(found, wanted)
+            assert close(found.sum(dim=1), torch.stack(alone))
+            assert all(not found[line, len(row.ids) :].any() for line, row in enumerate(rows))
+            core.use("value")  # read one token before an end that is appended
             longer = [row._replace(ids=(*row.ids, 0)) for row in rows]
             first = core.values(longer)[torch.arange(4), torch.tensor([len(row.ids) for row in rows])]
-            assert close(first, (wanted - 0.5) / 2.0)
+            assert close(first, torch.tensor(head) / 8 / 2.0)
 
 
-def test_a_reward_model_that_reads_the_prompt_again_scores_there(tmp_path: Path) -> None:
-    scorer = reward_adapter(tmp_path / "adapter", model=base())
-    reward = RewardModel(tmp_path / "adapter", 0.0, 1.0, np.zeros(1), reread=True)
-    core = MultiAdapter(base(), Tokens(), reward, lora_rank=4, lora_alpha=8, temperature=0.7, seed=0)
-    rows = [row._replace(prompt=(1, *row.prompt)) for row in rollouts()]  # 1 is the start token
-    with torch.no_grad(), core.scoring():
-        wanted = [scorer(input_ids=torch.tensor([[*r.prompt, *r.ids, *r.prompt[1:]]])).logits[0, 0] for r in rows]
-        core.use("reward")
-        assert close(core.rewards(rows), torch.stack(wanted))
+def state(scorer: PeftModel, row: Rollout) -> torch.Tensor:
+    """The last hidden state (H,) of a rollout."""
+    ids = torch.tensor([[*row.prompt, *row.ids]])
+    return scorer(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
 
 
 def test_adapters_off_is_the_base_and_a_fresh_policy_is_too(core: MultiAdapter) -> None:
@@ -194,22 +199,24 @@ def test_a_model_with_an_adapter_is_refused(core: MultiAdapter, tmp_path: Path) 
 def test_a_reward_adapter_without_head_or_of_another_shape_is_refused(tmp_path: Path) -> None:
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     get_peft_model(base(), lora).save_pretrained(tmp_path / "headless")
-    with pytest.raises(ValueError, match="SEQ_CLS"):
+    with pytest.raises(ValueError, match="has no score head of one row: train it"):
         adapters(tmp_path / "headless")
 
 
 def test_a_reward_model_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
-    record = {"checkpoint": "a" * 64, "mean": 0.1, "std": 2.0, "accuracy": 0.8, "low": 0.7, "high": 0.9, "reread": True}
+    record = {"checkpoint": "a" * 64, "mean": 0.1, "std": 2.0, "accuracy": 0.8, "low": 0.7, "high": 0.9}
+    record["sampling_temperature"] = 0.6
     (tmp_path / "reward.json").write_text(json.dumps(record))
     (tmp_path / "evaluation_rewards.csv").write_text("reward\n0.5\n-1.25\n")
     found = read_reward_model(tmp_path, checkpoint="a" * 64)
-    assert (found.mean, found.std, found.evaluation.tolist()) == (0.1, 2.0, [0.5, -1.25])
+    assert (found.mean, found.std, found.temperature) == (0.1, 2.0, 0.6)
+    assert found.evaluation.tolist() == [0.5, -1.25]
     with pytest.raises(ValueError, match=r"reward.json.*aaaaaaaaaaaa.*bbbbbbbbbbbb.*phases 04 to 06"):
         read_reward_model(tmp_path, checkpoint="b" * 64)
 
 
 def test_dropout_is_off_for_good(tmp_path: Path) -> None:
-    reward_adapter(tmp_path / "adapter", model=base())
+    reward_adapter(tmp_path / "adapter")
     model = base()
     model.model.layers[0].self_attn.attention_dropout = 0.5
     reward = RewardModel(tmp_path / "adapter", 0.0, 1.0, np.zeros(1))

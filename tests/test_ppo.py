@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from erlib import losses, models, ppo, rollouts
-from erlib.multiadapter import MultiAdapter, RewardModel, Rollout
+from erlib.multiadapter import MultiAdapter, RewardModel
+from erlib.packing import Rollout
+from erlib.reward import HEAD, LIKELIHOOD
 
 WORDS = ["<pad>", "<s>", "</s>", "kor", "vel", "tamu", "osti", "brin", "zan", "mel", "dro", "none"]
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -44,10 +46,14 @@ def base() -> LlamaForCausalLM:
 
 
 def reward_model(folder: Path, head: torch.Tensor, *, std: float = 0.0, **changes: Any) -> RewardModel:
-    """A saved SEQ_CLS adapter with this head (1, H), its LoRA weights of size `std`; the guard's reference is wide."""
-    scorer = LlamaForSequenceClassification(LlamaConfig.from_dict(base().config.to_dict() | {"num_labels": 1}))
+    """A saved reward adapter with this head (1, H), its LoRA weights of size `std`; the guard's reference is wide."""
+    scorer = base()
+    scorer.score = torch.nn.Linear(SHAPE["hidden_size"], 1, bias=False)
     torch.manual_seed(1)
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="SEQ_CLS")
+    lora = LoraConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", exclude_modules=["score"], modules_to_save=["score"],
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
     trained = get_peft_model(scorer, lora)
     for name, parameter in trained.named_parameters():
         if "lora_B" in name:
@@ -72,7 +78,8 @@ def head_for(prompt: str, rewards: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         rows = torch.tensor([[*start, word] for word in range(len(WORDS))])
         states = base().model(input_ids=rows).last_hidden_state[:, -1]
-        return torch.linalg.lstsq(states, rewards[:, None]).solution.T
+        left = rewards - LIKELIHOOD * word_probabilities(base(), prompt).log()  # what the head has to add
+        return torch.linalg.lstsq(states, left[:, None] / HEAD).solution.T
 
 
 def train(folder: Path, reward: RewardModel, prompts: list[str] = PROMPTS, **changes: Any) -> ppo.Trained:
@@ -202,14 +209,14 @@ def scored(rows: int = 3) -> rollouts.Batch:
     lengths = [2, 3, 1][:rows]
     found = [Rollout((1, 3), tuple([4] * n), "", index < 2) for index, n in enumerate(lengths)]
     mask = torch.tensor([[1.0, 1, 0], [1, 1, 1], [1, 0, 0]])
-    zeros = torch.zeros(3, 3)
-    return rollouts.Batch(found, mask, -0.5 * mask, zeros, -0.7 * mask, zeros, torch.tensor([3.0, -1.0, 100.0]))
+    zeros, scores = torch.zeros(3, 3), torch.tensor([[2.5, 0.5, 0], [1, 1, -3], [100, 0, 0]])
+    return rollouts.Batch(found, mask, -0.5 * mask, zeros, -0.7 * mask, zeros, scores)
 
 
 def test_the_score_lands_on_the_last_real_token_and_the_kl_on_each() -> None:
     reward = RewardModel(Path(), 1.0, 2.0, np.zeros(1))
-    shaping = {"clip": 5.0, "missing_end": 1.5, "whiten_rewards": False, "gamma": 1.0, "lam": 1.0}
-    found = rollouts.with_advantages(scored(), reward, kl_coef=0.1, **shaping)
+    shaping = {"kl_coef": 0.1, "clip": 5.0, "missing_end": 1.5, "whiten_rewards": False, "gamma": 1.0, "lam": 1.0}
+    found = rollouts.with_advantages(scored(), reward, dense=False, **shaping)
     kl = 0.1 * 0.2  # coefficient times (-.5 + .7)
     last = [(3 - 1) / 2, (-1 - 1) / 2, 5.0 - 1.5]  # normalised, clipped, less the penalty for a missing end
     wanted = [
@@ -219,6 +226,10 @@ def test_the_score_lands_on_the_last_real_token_and_the_kl_on_each() -> None:
     ]
     assert torch.allclose(found.returns, torch.tensor(wanted), atol=1e-6)
     assert torch.equal(found.advantages, losses.whiten(found.returns, found.mask))
+    # Dense, the sum from the first token on is the same; from a later one on it lacks what earlier tokens added.
+    dense = rollouts.with_advantages(scored(), reward, dense=True, **shaping).returns
+    before = torch.tensor([[0, 2.5, 0], [0, 1, 2], [0, 0, 0]]) / 2
+    assert torch.allclose(dense, found.returns - before, atol=1e-6)
 
 
 @pytest.fixture

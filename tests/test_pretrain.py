@@ -65,10 +65,10 @@ def test_digits_and_newlines_are_tokens_of_their_own():
     assert len(TOKENIZER("12\n\n3", add_special_tokens=False)["input_ids"]) == 5
 
 
-def test_the_text_none_is_the_end_token_and_the_text_of_one_is_not():
-    (ids, targets), *_ = pretrain.encode([{"parts": [("1", False), (None, False), ("</s>2", True)]}], TOKENIZER)
-    assert ids.count(2) == 2 and ids[2] == 2 and ids[-1] == 2  # start, "1", end, …, end
-    assert targets == [False] * 3 + [True] * (len(ids) - 3)
+def test_the_text_of_an_end_token_is_text():
+    (ids, targets), *_ = pretrain.encode([{"parts": [("1", False), ("</s>2", True)]}], TOKENIZER)
+    assert ids.count(2) == 1 and ids[-1] == 2
+    assert targets == [False] * 2 + [True] * (len(ids) - 2)
 
 
 # -- training rate ------------------------------------------------------------------------------------------------

@@ -90,10 +90,11 @@ def test_a_row_is_a_document_and_its_preferred_sides_come_first(tokenizer):
     ]
     encoded = reward.encode(pairs, tokenizer, max_tokens=100)
     assert [row["document_id"] for row in encoded.rows] == ["d0", "d1"]
+    assert [tokenizer.decode(row["prompt_ids"]) for row in encoded.rows] == [f"<s>{p.prompt}" for p in pairs[:2]]
     texts = [[tokenizer.decode(ids) for ids in row["chosen_ids"]] for row in encoded.rows]
-    assert texts == [[f"<s>{pairs[0].prompt}{GOOD}</s>"] * 2, [f"<s>{pairs[1].prompt}{BAD}</s>"]]
+    assert texts == [[f"{GOOD}</s>"] * 2, [f"{BAD}</s>"]]
     longest = max(len(ids) for side in ("chosen_ids", "rejected_ids") for ids in encoded.rows[0][side])
-    assert (encoded.n_pairs, encoded.rows[0]["length"]) == (3, longest)
+    assert (encoded.n_pairs, encoded.rows[0]["length"]) == (3, len(encoded.rows[0]["prompt_ids"]) + longest)
 
 
 def test_the_end_token_is_last_and_the_text_of_a_special_token_stays_text(tokenizer):
@@ -134,12 +135,13 @@ def test_the_file_holds_lora_and_head_under_the_names_that_ppo_reads(trained):
     assert all(name.startswith("base_model.model.model.layers.") for name in weights)
     assert {name.rsplit(".", 2)[1] for name in weights} == {"lora_A", "lora_B"}
     config = json.loads((out / "adapter_config.json").read_text())
-    assert (config["task_type"], config["target_modules"]) == ("SEQ_CLS", sorted(config["target_modules"]))
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert "lm_head" not in config["target_modules"]
     assert {file.suffix for file in out.iterdir()} <= {".json", ".safetensors", ".md"}  # no pickles
 
 
 def test_the_step_that_reads_a_completion_once_has_the_loss_of_its_pairs(checkpoint, tokenizer, tmp_path):
-    """Three completions in three pairs; the first logged loss is that of the six readings, taken one by one."""
+    """Three completions in three pairs: the first loss is that of six readings, and one reading was done."""
     texts = [GOOD, BAD, "none"]
     pairs = [preference(0, texts[i], texts[j], "A", pair=f"{i}-{j}") for i, j in ((0, 1), (0, 2), (1, 2))]
     log = train(checkpoint, tokenizer, tmp_path / "adapter", pairs, epochs=1, seed=7)
@@ -147,10 +149,8 @@ def test_the_step_that_reads_a_completion_once_has_the_loss_of_its_pairs(checkpo
     model, tokenizer = reward.load(checkpoint)
     margins = reward.margins(model, tokenizer, pairs)  # LoRA begins as nothing
     assert log["loss"].iloc[0] == pytest.approx(np.log1p(np.exp(-margins)).mean(), abs=1e-5)
-    assert log["num_tokens"].iloc[0] == sum(
-        len(models.encode_prompt(tokenizer, pairs[0].prompt)) + len(models.encode_completion(tokenizer, text))
-        for text in texts
-    )
+    read = sum(len(models.encode_completion(tokenizer, text)) for text in texts)
+    assert log["num_tokens"].iloc[0] == len(models.encode_prompt(tokenizer, pairs[0].prompt)) + read
 
 
 def test_another_process_writes_the_same_bytes(checkpoint, tokenizer, tmp_path):
@@ -192,29 +192,21 @@ def test_a_score_does_not_depend_on_batch_neighbours_or_order(checkpoint, traine
     assert len(set(together.round(4))) == len(texts)
 
 
-def test_a_score_is_read_at_the_last_real_token_on_either_side_of_the_padding(checkpoint, trained):
+def test_a_score_is_the_sum_of_head_and_log_probability_over_the_tokens(checkpoint, trained):
+    """Against the plain forward of one sequence, unpadded."""
     model, tokenizer = reward.load(checkpoint, trained[0])
-    pad = tokenizer.pad_token_id
-    rows = [[5, 9, 12, 2], [7, 30, 2], [40, 41, 42, 43, 44, 2], [8, 9, pad]]  # the last model wrote a pad itself
-    width = 8
-    right = [([*row, *[pad] * (width - len(row))], [1] * len(row) + [0] * (width - len(row))) for row in rows]
-    left = [([*[pad] * (width - len(row)), *row], [0] * (width - len(row)) + [1] * len(row)) for row in rows]
-    alone = torch.stack(
-        [reward.last_scores(model, torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long))[0] for row in rows]
-    )
-    for side in (right, left):
-        ids, mask = (torch.tensor(each) for each in zip(*side, strict=True))
-        found = reward.last_scores(model, ids, mask)
-        assert torch.allclose(found, alone, atol=1e-5)
-
-
-def test_scores_are_those_of_the_classifiers_own_forward(checkpoint, trained):
-    model, tokenizer = reward.load(checkpoint, trained[0])
-    rows = reward.encode(PREFERENCES[:6:2], tokenizer, max_tokens=100).rows  # A is preferred in these
+    inner, prompt = model.get_base_model(), PREFERENCES[0].prompt
+    start, end = models.encode_prompt(tokenizer, prompt), models.encode_completion(tokenizer, GOOD)
     with torch.no_grad():
-        own = [model(input_ids=torch.tensor(row["chosen_ids"])).logits.item() for row in rows]
-    given = [(p.prompt, p.a) for p in PREFERENCES[:6:2]]
-    assert np.allclose(reward.score(model, tokenizer, *map(list, zip(*given, strict=True))), own, atol=1e-5)
+        out = model(input_ids=torch.tensor([[*start, *end]]), output_hidden_states=True)
+        head = inner.score(out.hidden_states[-1][0, len(start) :]).sum()
+        spread = out.logits[0, len(start) - 1 : -1].log_softmax(-1)
+        likely = spread.gather(1, torch.tensor(end)[:, None]).sum()
+    wanted = float(head / 8 + 0.2 * likely)
+    # Beside a longer completion of the same prompt, whose line it shares, and one of another prompt.
+    others = [PREFERENCES[2].prompt, prompt, prompt]
+    found = reward.score(model, tokenizer, others, [BAD, GOOD * 3, GOOD])
+    assert found[2] == pytest.approx(wanted, abs=1e-4)
 
 
 def test_ids_are_scored_as_they_are_and_text_gets_its_end(checkpoint, trained):
@@ -224,20 +216,6 @@ def test_ids_are_scored_as_they_are_and_text_gets_its_end(checkpoint, trained):
     text, same, unfinished = reward.score(model, tokenizer, [prompt] * 3, [GOOD, ids, ids[:-1]])
     assert text == pytest.approx(same, abs=1e-5)
     assert abs(text - unfinished) > 1e-4
-
-
-def test_reread_puts_the_prompt_behind_the_completion_and_scores_there(checkpoint, trained):
-    model, tokenizer = reward.load(checkpoint, trained[0])
-    pair = preference(0, GOOD, BAD)
-    row = reward.encode([pair], tokenizer, max_tokens=100, reread=True).rows[0]
-    assert tokenizer.decode(row["chosen_ids"][0]) == f"<s>{pair.prompt}{GOOD}</s>{pair.prompt}"
-    with torch.no_grad():
-        own = model(input_ids=torch.tensor(row["chosen_ids"])).logits.item()
-    again, once = (reward.score(model, tokenizer, [pair.prompt], [GOOD], reread=flag)[0] for flag in (True, False))
-    assert again == pytest.approx(own, abs=1e-5) and abs(again - once) > 1e-4
-    margin = reward.margins(model, tokenizer, [pair], reread=True)[0]
-    other = reward.score(model, tokenizer, [pair.prompt], [BAD], reread=True)[0]
-    assert margin == pytest.approx(again - other, abs=1e-5)
 
 
 def test_an_adapter_without_a_head_is_refused(checkpoint, trained, tmp_path):
@@ -252,9 +230,10 @@ def test_an_adapter_without_a_head_is_refused(checkpoint, trained, tmp_path):
 
 def test_the_record_says_what_ppo_must_know(tmp_path):
     path = tmp_path / "reward.json"
-    known = {"checkpoint": "c" * 64, "accuracy": metrics.Interval(0.8, 0.7, 0.9), "temperature": 1.5, "reread": True}
-    reward.save_record(path, scores=[1.0, 2.0, 3.0, 6.0], **known)
+    known = {"checkpoint": "c" * 64, "temperature": 1.5, "sampling_temperature": 0.6}
+    accuracy = metrics.Interval(0.8, 0.7, 0.9)
+    reward.save_record(path, scores=[1.0, 2.0, 3.0, 6.0], accuracy=accuracy, **known)
     expected = {"mean": 3.0, "std": pytest.approx(np.sqrt(3.5)), "accuracy": 0.8, "low": 0.7, "high": 0.9}
-    assert json.loads(path.read_text()) == expected | {"checkpoint": "c" * 64, "temperature": 1.5, "reread": True}
+    assert json.loads(path.read_text()) == expected | known
     with pytest.raises(ValueError, match="gives all 3 samples the score 1.0"):
-        reward.save_record(path, scores=[1.0] * 3, **known)
+        reward.save_record(path, scores=[1.0] * 3, accuracy=accuracy, **known)
