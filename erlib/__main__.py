@@ -70,7 +70,7 @@ def extract(
     engine: Annotated[str, typer.Option(help="transformers, nf4, openvino, openvino-bf16, vllm, or the fastest")] = "",
     rejects: Annotated[Path | None, typer.Option(help="JSONL of bad rows; default: rejects.jsonl beside it")] = None,
     brief: Annotated[Path | None, typer.Option(help="brief.yml: lists types that it does not name as defects")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="processes of one thread each; one on a GPU")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="processes that share the cores; each opens the model")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="documents at once in each process")] = 32,
     block: Annotated[int, typer.Option(min=1, help="documents between two writes to the disk")] = 256,
     text_column: Annotated[str, typer.Option(help="column of the texts")] = "text",

@@ -52,8 +52,8 @@ def extract(
 ) -> Done:
     """Extract from every document of a file into `reports` (JSONL), in input order; bad rows go to `rejects`.
 
-    Each of `workers` processes opens the model with one thread and reads blocks of `block` documents. The same call
-    after a kill goes on where it was. Raises ValueError where `reports` was begun with another input or model, and
+    Each of `workers` processes opens the model and reads blocks of `block` documents; they share the cores. The same
+    call after a kill goes on where it was. Raises ValueError where `reports` was begun with another input or model, and
     RuntimeError where another process writes it.
     """
     try:
@@ -172,8 +172,9 @@ def _in_order(
 def open_pool(
     model: Path, *, engine: str, workers: int, batch_size: int, brief: Brief | None = None
 ) -> ProcessPoolExecutor:
-    """Processes of one thread that open the model when they start: two threads of one process wait for each other."""
-    given = (model, engine, batch_size, brief)
+    """Processes that open the model when they start, each with its share of the cores."""
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    given = (model, engine, batch_size, threads, brief)
     spawn = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=spawn, initializer=_open, initargs=given)
 
@@ -187,14 +188,14 @@ def answer(prompts: list[list[int]]) -> list[list[int]]:
 _opened: list[Any] = []  # of a worker: engine and brief
 
 
-def _open(model: Path, engine: str, batch_size: int, brief: Brief | None) -> None:
+def _open(model: Path, engine: str, batch_size: int, threads: int, brief: Brief | None) -> None:
     """Open the model in a worker, which ends with its parent, however that ended, and leaves Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     from . import serving
 
-    _opened[:] = [serving.open_engine(model, engine=engine, batch_size=batch_size, threads=1), brief]
+    _opened[:] = [serving.open_engine(model, engine=engine, batch_size=batch_size, threads=threads), brief]
 
 
 def _work(documents: list[tuple[int, Document]]) -> list[dict[str, Any]]:

@@ -270,7 +270,7 @@ def train(
     kl_horizon: int = 10_000,
     reward_clip: float = 5.0,
     missing_end_penalty: float = 1.0,
-    dense_reward: bool = False,
+    dense_reward: bool = True,
     whiten_rewards: bool = False,
     gamma: float = 1.0,
     lam: float = 0.95,
@@ -296,10 +296,11 @@ def train(
     Sizes of mini-batches and micro-batches (what fits into memory at once) are in prompts with all their samples.
     Each step samples `samples` completions of `prompts_per_step` prompts, scores all of them, and then trains for
     `epochs` epochs; the policy stays for `warmup_steps` steps while the value model learns. KL is in nats a
-    completion. Log row s belongs to the policy after s steps; the last one is sampled and judged, too. A killed run
-    goes on from its last whole checkpoint, bit for bit on a CPU. The guard's first alarm restores the last good
-    checkpoint at a lower learning rate, the second ends training there. Under `accelerate launch` every process calls
-    this alike, and the main one writes.
+    completion. With `dense_reward` each token gets what it adds to the score, else the last one gets all of it: the
+    sum is the same, and credit falls nearer to what earned it. Log row s belongs to the policy after s steps; the last
+    one is sampled and judged, too. A killed run goes on from its last whole checkpoint, bit for bit on a CPU. The
+    guard's first alarm restores the last good checkpoint at a lower learning rate, the second ends training there.
+    Under `accelerate launch` every process calls this alike, and the main one writes.
     """
     import pandas as pd
     from accelerate import Accelerator

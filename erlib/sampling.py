@@ -8,7 +8,7 @@
 
 Log-probabilities are of the policy itself, at temperature 1, whatever T a completion was drawn at, so that they compare
 across temperatures, and with what PPO computes.
-Only the end token ends a completion: it must be there for a reward to be read at it. Every record names the
+Only the end token ends a completion, for its score counts as that of every other token. Every record names the
 fingerprint of its checkpoint, and readers refuse any other: judgements of one checkpoint's texts say nothing of
 another's distribution.
 """

@@ -52,7 +52,7 @@ def answers(engine: serving.Engine, prompts: Sequence[list[int]]) -> list[list[i
 def processes(
     folder: Path, *, engine: str, workers: int, batch_size: int
 ) -> Iterator[Callable[[Sequence[list[int]]], list[list[int]]]]:
-    """A way of answering prompts in several processes of one thread each, all of them open: see `bulk.extract`."""
+    """A way of answering prompts in several processes that share the cores, all of them open: see `bulk.extract`."""
     with bulk.open_pool(folder, engine=engine, workers=workers, batch_size=batch_size) as pool:
         while len(set(pool.map(_pid, range(4 * workers)))) < workers:
             pass  # a process starts only where no other is idle
