@@ -58,6 +58,7 @@ def pair_table(
 def accuracy(table: pd.DataFrame, *, by: str = "margin", against: Against = "label", seed: int = 0) -> metrics.Interval:
     """Share of decided labels, or of decided single votes, that the sign of column `by` gives; interval over documents.
 
+    Votes are of pairs that at least two annotators decide, as in `vote_agreement`, with which their share compares.
     Ties of the annotators are left out; where the predictor ties, half is right. nan where nothing is decided.
     """
     right, decided = _right(table, by, against).T
@@ -69,7 +70,8 @@ def _right(table: pd.DataFrame, by: str, against: Against) -> np.ndarray:
     if against == "label":
         a, b = (table["label"] > 0).astype(float), (table["label"] < 0).astype(float)
     else:
-        a, b = table["votes_a"], table["votes_b"]
+        two = table["votes_a"] + table["votes_b"] >= 2
+        a, b = table["votes_a"].where(two, 0), table["votes_b"].where(two, 0)
     says_a = (np.sign(table[by]) + 1) / 2
     grouped = (says_a * a + (1 - says_a) * b).groupby(table["document_id"], sort=True)
     return np.column_stack([grouped.sum(), (a + b).groupby(table["document_id"], sort=True).sum()])

@@ -191,14 +191,15 @@ def rloo(
             return [list(completion.ids) for completion in written]
 
     steps = len(prompts) // prompts_per_step
+    parts = math.gcd(4, prompts_per_step)  # backward passes a step: a quarter of the memory
     trainer = Ours(
         model=model,
         processing_class=tokenizer,
         reward_funcs=reward,
         args=RLOOConfig(
             beta=kl_coef,
-            per_device_train_batch_size=samples,  # a prompt at a time: memory does not grow with the step
-            gradient_accumulation_steps=prompts_per_step,
+            per_device_train_batch_size=prompts_per_step // parts * samples,
+            gradient_accumulation_steps=parts,
             num_generations=samples,
             max_completion_length=max_new_tokens,
             temperature=temperature,
