@@ -264,7 +264,7 @@ def train(
     warmup_steps: int = 1,
     epochs: int = 2,
     mini_batch_size: int = 8,
-    micro_batch_size: int = 4,
+    micro_batch_size: int = 2,
     kl_coef: float = 0.15,
     kl_target: float | None = 6.0,
     kl_horizon: int = 10_000,
