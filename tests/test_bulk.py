@@ -62,7 +62,9 @@ def read(path):
 
 
 def start(documents, model, *options):
-    command = [sys.executable, "-m", "erlib", "extract", str(documents), str(documents.with_name("reports.jsonl"))]
+    # nice, so that on a busy machine the test sees in time how far it is
+    command = ["nice", sys.executable, "-m", "erlib", "extract", str(documents)]
+    command += [str(documents.with_name("reports.jsonl"))]
     command += ["--model", str(model), "--engine", "transformers", "--workers", "1", "--block", "3", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
