@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from . import models
-from .packing import Packed, Rollout, pack, token_logprobs
+from .packing import Packed, Rollout, last_states, pack, token_logprobs
 from .reward import HEAD, combine
 
 if TYPE_CHECKING:
@@ -142,9 +142,7 @@ class MultiAdapter:
         return pack(rows, pad=self.pad, dtype=self.model.dtype).to(self.device)
 
     def _states(self, packed: Packed) -> torch.Tensor:
-        """Last hidden states of the backbone, flattened (B L, H)."""
-        backbone = self.model.get_base_model().base_model
-        return backbone(**packed.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        return last_states(self.model.get_base_model(), packed)
 
     @property
     def _unembed(self) -> torch.nn.Module:
@@ -185,7 +183,7 @@ def check_start(core: MultiAdapter, plain: torch.Tensor, probe: torch.Tensor, *,
         return core.model(input_ids=probe, use_cache=False).logits
 
     ids = probe[0].tolist()
-    rows = [Rollout(tuple(ids[:-2]), tuple(ids[-2:]), "", True)] * 2
+    rows = [Rollout(tuple(ids[:-2]), tuple(ids[-2:]))] * 2
     spread = torch.log_softmax(plain[0, -3:-1].float() / core.temperature, dim=-1)
     wanted = spread.gather(1, probe[0, -2:, None])
     with core.scoring():

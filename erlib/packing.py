@@ -12,8 +12,8 @@ class Rollout(NamedTuple):
 
     prompt: tuple[int, ...]
     ids: tuple[int, ...]
-    text: str
-    finished: bool
+    text: str = ""
+    finished: bool = True
 
 
 class Packed(NamedTuple):
@@ -63,12 +63,17 @@ def pack(rows: Sequence[Rollout], *, pad: int, dtype: torch.dtype) -> Packed:
     return Packed({"input_ids": ids, "attention_mask": bias, "position_ids": positions}, actions, mask, before, at)
 
 
+def last_states(model: torch.nn.Module, packed: Packed) -> torch.Tensor:
+    """Last hidden states (B L, H) of a causal LM's backbone on the flattened lines."""
+    return model.base_model(**packed.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+
+
 def token_logprobs(
     packed: Packed, states: torch.Tensor, unembed: torch.nn.Module, *, temperature: float = 1.0, entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability (N, T) of each completion token under softmax(logits / temperature), and entropy if asked.
 
-    `states` (B L, H) are a backbone's last hidden states on the flattened lines, `unembed` its LM head.
+    `states` (B L, H) are of `last_states`, `unembed` is the LM head.
     """
     real = packed.mask.bool()
     logits = unembed(states[packed.before[real]])

@@ -257,7 +257,6 @@ def train(
     prompts_per_step: int = 16,
     samples: int = 4,
     max_new_tokens: int = 192,
-    temperature: float = 1.0,
     stop: Sequence[str] = (models.BLANK_LINE,),
     learning_rate: float = 1e-3,
     value_learning_rate: float = 1e-3,
@@ -293,14 +292,14 @@ def train(
 ) -> Trained:
     """Train a policy adapter on `model`, the merged checkpoint, against a frozen reward model; save it in `out`.
 
-    Sizes of mini-batches and micro-batches (what fits into memory at once) are in prompts with all their samples.
-    Each step samples `samples` completions of `prompts_per_step` prompts, scores all of them, and then trains for
-    `epochs` epochs; the policy stays for `warmup_steps` steps while the value model learns. KL is in nats a
-    completion. With `dense_reward` each token gets what it adds to the score, else the last one gets all of it: the
-    sum is the same, and credit falls nearer to what earned it. Log row s belongs to the policy after s steps; the last
-    one is sampled and judged, too. A killed run goes on from its last whole checkpoint, bit for bit on a CPU. The
-    guard's first alarm restores the last good checkpoint at a lower learning rate, the second ends training there.
-    Under `accelerate launch` every process calls this alike, and the main one writes.
+    Sizes of mini-batches and micro-batches (what fits into memory at once) are in prompts with all their samples. Each
+    step samples `samples` completions of `prompts_per_step` prompts at the reward model's temperature, scores all of
+    them, and then trains for `epochs` epochs; the policy stays for `warmup_steps` steps while the value model learns.
+    KL is in nats a completion. With `dense_reward` each token gets what it adds to the score, else the last one gets
+    all of it: the sum is the same, and credit falls nearer to what earned it. Log row s belongs to the policy after s
+    steps; the last one is sampled and judged, too. A killed run goes on from its last whole checkpoint, bit for bit on
+    a CPU. The guard's first alarm restores the last good checkpoint at a lower learning rate, the second ends training
+    there. Under `accelerate launch` every process calls this alike, and the main one writes.
     """
     import pandas as pd
     from accelerate import Accelerator
@@ -313,7 +312,7 @@ def train(
     with models.evaluating(model):
         plain = model(input_ids=probe, use_cache=False).logits
     core = MultiAdapter(
-        model, tokenizer, reward, lora_rank=lora_rank, lora_alpha=lora_alpha, temperature=temperature, seed=seed
+        model, tokenizer, reward, lora_rank=lora_rank, lora_alpha=lora_alpha, temperature=reward.temperature, seed=seed
     )
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -398,7 +397,7 @@ def train(
 
 def _key(frozen: str, reward: RewardModel, prompts: Sequence[list[int]], settings: dict[str, Any]) -> str:
     """Name of a training run: another checkpoint or reward model, other prompts or settings never resume it."""
-    judged = [reward.mean, reward.std, reward.evaluation.tolist()]
+    judged = [reward.mean, reward.std, reward.temperature, reward.evaluation.tolist()]
     return hashlib.sha256(json.dumps([frozen, judged, prompts, settings], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -32,7 +32,7 @@ import torch
 
 from . import metrics, models
 from .manifest import write_text
-from .packing import Packed, Rollout, pack, token_logprobs
+from .packing import Packed, Rollout, last_states, pack, token_logprobs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -187,7 +187,7 @@ def _trainer(
         distinct = sorted(set(sides[0] + sides[1]))  # by document: its completions are neighbours
         place = {key: index for index, key in enumerate(distinct)}
         prompts = [tuple(row["prompt_ids"]) for row in rows]
-        completions = [Rollout(prompts[number], ids, "", True) for number, ids in distinct]
+        completions = [Rollout(prompts[number], ids) for number, ids in distinct]
         packed = pack(completions, pad=tokenizer.pad_token_id, dtype=model.dtype)
         read = torch.tensor(sum(map(len, prompts)) + sum(len(row.ids) for row in completions))
         places = torch.tensor([place[key] for side in sides for key in side])
@@ -273,7 +273,7 @@ def score(
     A completion given as text gets the end token; given as ids (`Completion.ids`) it is taken as it is.
     """
     rows = [
-        Rollout(tuple(models.encode_prompt(tokenizer, p)), tuple(models.encode_completion(tokenizer, c)), "", True)
+        Rollout(tuple(models.encode_prompt(tokenizer, p)), tuple(models.encode_completion(tokenizer, c)))
         for p, c in zip(prompts, completions, strict=True)
     ]
     # Lines of similar length; completions of one prompt come together, so that it is read once.
@@ -292,8 +292,7 @@ def token_scores(model: "PreTrainedModel", packed: Packed) -> torch.Tensor:
     from peft import PeftModel
 
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    states = inner.base_model(**packed.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-    return combine(packed, states, unembed=inner.get_output_embeddings(), head=inner.score)
+    return combine(packed, last_states(inner, packed), unembed=inner.get_output_embeddings(), head=inner.score)
 
 
 def combine(
