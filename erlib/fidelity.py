@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from . import agreement, metrics
+from .schema import ASPECTS
 
 if TYPE_CHECKING:
     from .annotation import Preference
@@ -121,6 +122,23 @@ def accuracy_by(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
             part = decided[names == name]
             rows.append((by, name, len(part), *accuracy(part, seed=seed)))
     return pd.DataFrame(rows, columns=["by", "group", "pairs", "value", "low", "high"])
+
+
+def accuracy_by_aspect(
+    table: pd.DataFrame, preferences: "Sequence[Preference]", margins: np.ndarray, *, seed: int = 0
+) -> pd.DataFrame:
+    """Accuracy on what annotators prefer in each aspect, of its own margin and of the sum's (column `margin`).
+
+    `preferences` and `margins` (P, A) belong to the rows of `table`. Columns name, measure (the aspect), value, low,
+    high; pairs that annotators tie in an aspect are left out of it.
+    """
+    rows = []
+    for number, aspect in enumerate(ASPECTS):
+        label = np.sign([pair.aspects[aspect] for pair in preferences])
+        judged = table.assign(label=label, own=margins[:, number])
+        for name, by in (("score of the aspect", "own"), ("summed score", "margin")):
+            rows.append((name, aspect, *accuracy(judged, by=by, seed=seed)))
+    return pd.DataFrame(rows, columns=["name", "measure", "value", "low", "high"])
 
 
 def length_correlation(table: pd.DataFrame) -> pd.Series:

@@ -80,8 +80,9 @@ class MultiAdapter:
         self.model = get_peft_model(model, config, adapter_name="policy")
         weights = load_file(reward.adapter / "adapter_model.safetensors")
         head = next((weights.pop(name) for name in list(weights) if name.endswith("score.weight")), None)
-        if head is None or head.shape[0] != 1:
-            raise ValueError(f"{reward.adapter} has no score head of one row: train it with `reward.train`")
+        if head is None:
+            raise ValueError(f"{reward.adapter} has no score heads: train it with `reward.train`")
+        head = head.float().sum(dim=0, keepdim=True)  # what is rewarded is the sum over aspects
         for name in ("reward", "value"):
             saved = LoraConfig.from_pretrained(str(reward.adapter))
             saved.modules_to_save, saved.exclude_modules, saved.inference_mode = None, None, False  # the head is here
@@ -91,10 +92,10 @@ class MultiAdapter:
             if missing or read.unexpected_keys:
                 raise ValueError(f"{reward.adapter} does not fit this model: {[*missing, *read.unexpected_keys][:3]}")
         self.layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
-        self.reward_head = head.float().to(model.device)
+        self.reward_head = head.to(model.device)
         self.value_head = torch.nn.Linear(head.shape[1], 1).to(model.device)
         with torch.no_grad():  # in deviations, as the reward is; 0 in the mean, as the normalised reward is
-            self.value_head.weight.copy_(HEAD * head.float() / reward.std)
+            self.value_head.weight.copy_(HEAD * head / reward.std)
             self.value_head.bias.zero_()
         for module in model.modules():  # dropout would make old and new log-probabilities differ
             if isinstance(module, torch.nn.Dropout):
@@ -163,7 +164,7 @@ class MultiAdapter:
         """Raw score of each completion token (N, T), 0 behind the end (`reward.combine`); their sum is the reward."""
         packed = self.pack(rows)
         head = partial(torch.nn.functional.linear, weight=self.reward_head)
-        return combine(packed, self._states(packed), unembed=self._unembed, head=head)
+        return combine(packed, self._states(packed), unembed=self._unembed, heads=head).squeeze(2)
 
 
 def require(holds: bool, invariant: str) -> None:

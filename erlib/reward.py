@@ -1,23 +1,25 @@
-"""The reward model: LoRA and a score head on the round's checkpoint, trained on preferences.
+"""The reward model: LoRA and score heads on the round's checkpoint, trained on preferences.
 
 Bradley-Terry (1706.03741, 2203.02155): P(A preferred to B) = sigmoid(score(A) - score(B)). The score of a completion is
-the sum of the scores of its tokens,
+the sum over its tokens and over the aspects that annotators judge of
 
-    score(token) = head(state that has read it) / 8 + 0.2 log p(token | all before it),
+    score(token, aspect) = head_aspect(state that has read it) / 8 + 0.2 / 3 log p(token | all before it),
 
 p being the adapted LM's own probability: a small LM knows less at the end token than along the way, and its
-probabilities hold most of what it knows (a policy is a reward model too: 2305.18290, 2404.12358). One pass reads both.
-`fidelity` says what the scores are worth. Trained through `trl.RewardTrainer`, with two departures:
+probabilities hold most of what it knows (a policy is a reward model too: 2305.18290, 2404.12358). One pass reads all.
+The loss is Bradley-Terry on the summed score and, beside it, on each aspect: three answers a pair teach more than one.
+`fidelity` says what the scores are worth. Trained through `trl.RewardTrainer`, with three departures:
 
 1. rows are tokenised here, as in `sft`: nothing is cut off or dropped silently, special tokens in a text stay text;
 2. a step reads each document and each completion once, however many of its pairs it is in (2203.02155, section 3.5):
-   the six pairs of a document's four completions cost one reading of the document, not twelve.
+   the six pairs of a document's four completions cost one reading of the document, not twelve;
+3. the aspects' loss is added to the summed score's.
 
 Preferences that are ties teach no order: they are left out of training and of accuracies, and counted.
 
 `adapter/adapter_model.safetensors` holds the LoRA weights of the backbone as `base_model.model.model.…lora_A.weight`
 and `…lora_B.weight`, the names that they have in any causal LM's adapter, and the head as
-`base_model.model.score.weight` (1, hidden size).
+`base_model.model.score.weight` (aspects, hidden size), in the order of `schema.ASPECTS`.
 """
 
 import json
@@ -33,6 +35,7 @@ import torch
 from . import metrics, models
 from .manifest import write_text
 from .packing import Packed, Rollout, last_states, pack, token_logprobs
+from .schema import ASPECTS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
 
     from .annotation import Preference
 
-HEAD, LIKELIHOOD = 1 / 8, 0.2  # weights of the head and of the log-probability in a token's score
+HEAD, LIKELIHOOD = 1 / 8, 0.2  # weights of the heads and of the log-probability in a token's score
 
 
 # -- rows ---------------------------------------------------------------------------------------------------------
@@ -51,7 +54,8 @@ class Encoded(NamedTuple):
     """Training rows, and the ids of the pairs left out.
 
     A row is a document: `document_id`, `prompt_ids`, `chosen_ids` and `rejected_ids` (token ids of the completions of
-    each of its pairs), and `length`, the tokens of the prompt with its longest completion.
+    each of its pairs), `aspects` (for each pair and aspect 1 where the chosen one is better, -1 where the other is, 0
+    for a tie), and `length`, the tokens of the prompt with its longest completion.
     """
 
     rows: list[dict]
@@ -88,9 +92,11 @@ def encode(
             too_long.append(pair.pair_id)
             continue
         empty = {"document_id": pair.document_id, "prompt_ids": prompt, "chosen_ids": [], "rejected_ids": []}
-        row = rows.setdefault((pair.document_id, pair.prompt), empty | {"length": 0})
-        row["chosen_ids"].append(a if pair.preference == "A" else b)
-        row["rejected_ids"].append(b if pair.preference == "A" else a)
+        row = rows.setdefault((pair.document_id, pair.prompt), empty | {"aspects": [], "length": 0})
+        sign = 1.0 if pair.preference == "A" else -1.0
+        row["chosen_ids"].append(a if sign > 0 else b)
+        row["rejected_ids"].append(b if sign > 0 else a)
+        row["aspects"].append([sign * float(np.sign(pair.aspects[aspect])) for aspect in ASPECTS])
         row["length"] = max(row["length"], length)
     if too_long and not leave_out:
         raise ValueError(
@@ -110,8 +116,8 @@ def train(
     out: Path,
     validation: Sequence[dict] = (),
     expected: str | None = None,
-    epochs: int = 1,
-    batch_size: int = 1,
+    epochs: int = 2,
+    batch_size: int = 2,
     learning_rate: float = 7e-4,
     warmup_share: float = 0.05,
     lora_rank: int = 16,
@@ -179,7 +185,8 @@ def _trainer(
     from trl import RewardConfig, RewardTrainer
 
     def collate(rows: list[dict]) -> dict:
-        """Distinct completions, packed, and where the chosen, then the rejected ones of P pairs are in them (2 P,)."""
+        """Distinct completions, packed, where the chosen, then the rejected ones of P pairs are in them (2 P,), and
+        what was preferred in each aspect (P, A)."""
         sides = [
             [(number, tuple(ids)) for number, row in enumerate(rows) for ids in row[side]]
             for side in ("chosen_ids", "rejected_ids")
@@ -191,16 +198,21 @@ def _trainer(
         packed = pack(completions, pad=tokenizer.pad_token_id, dtype=model.dtype)
         read = torch.tensor(sum(map(len, prompts)) + sum(len(row.ids) for row in completions))
         places = torch.tensor([place[key] for side in sides for key in side])
-        return {"attention_mask": read, "packed": packed._asdict(), "places": places}  # trl counts tokens by the mask
+        aspects = torch.tensor([signs for row in rows for signs in row["aspects"]])
+        mine = {"packed": packed._asdict(), "places": places, "aspects": aspects}
+        return mine | {"attention_mask": read}  # trl counts tokens by the mask
 
     class EachOnce(RewardTrainer):
-        def compute_loss(self, model, inputs, **kwargs):
-            packed, places = Packed(**inputs.pop("packed")), inputs.pop("places")
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            packed, places, aspects = Packed(**inputs.pop("packed")), inputs.pop("places"), inputs.pop("aspects")
+            scores = token_scores(model, packed).sum(dim=1)[places]  # (2 P, A)
 
-            def scores(**_):
-                return SequenceClassifierOutput(logits=token_scores(model, packed).sum(dim=1, keepdim=True)[places])
+            def summed(**_):
+                return SequenceClassifierOutput(logits=scores.sum(dim=1, keepdim=True))
 
-            return super().compute_loss(scores, inputs, **kwargs)
+            loss, outputs = super().compute_loss(summed, inputs, return_outputs=True, **kwargs)
+            loss = loss + aspect_loss(*scores.chunk(2), aspects)
+            return (loss, outputs) if return_outputs else loss
 
     trainer = EachOnce(
         model=model,
@@ -235,21 +247,29 @@ def _trainer(
     return trainer
 
 
+def aspect_loss(chosen: torch.Tensor, rejected: torch.Tensor, aspects: torch.Tensor) -> torch.Tensor:
+    """Bradley-Terry loss of the scores (P, A) by aspect, the mean over what is decided in `aspects` (P, A)."""
+    decided = aspects != 0
+    losses = -torch.nn.functional.logsigmoid(aspects * (chosen - rejected)) * decided
+    return losses.sum() / decided.sum().clamp(min=1)
+
+
 # -- scores -------------------------------------------------------------------------------------------------------
 
 
 def load(
     checkpoint: Path, adapter: Path | None = None, *, dtype: str = "float32", device: str = "auto"
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load a merged checkpoint with a score head beside its LM head, a reward adapter if there is one, and tokenizer.
+    """Load a merged checkpoint with score heads beside its LM head, a reward adapter if there is one, and tokenizer.
 
-    Without an adapter the score head is random: the start of training. Raises ValueError for an adapter without one.
+    Without an adapter the heads are random: the start of training. Raises ValueError for an adapter without them.
     """
     from peft import PeftModel
     from safetensors import safe_open
 
     model, tokenizer = models.load(checkpoint, dtype=dtype, device=device)
-    model.score = torch.nn.Linear(model.config.get_text_config().hidden_size, 1, bias=False, device=model.device)
+    width = model.config.get_text_config().hidden_size
+    model.score = torch.nn.Linear(width, len(ASPECTS), bias=False, device=model.device)
     torch.nn.init.normal_(model.score.weight, std=0.02)
     model.config.num_labels = 1  # by this trl knows a reward model
     if adapter is None:
@@ -268,7 +288,7 @@ def score(
     *,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """Raw scores (N,) float64 of completions, `batch_size` at a time.
+    """Raw scores (N, A) float64 of completions by aspect, `batch_size` at a time; their sum over A is the reward.
 
     A completion given as text gets the end token; given as ids (`Completion.ids`) it is taken as it is.
     """
@@ -278,7 +298,7 @@ def score(
     ]
     # Lines of similar length; completions of one prompt come together, so that it is read once.
     order = sorted(range(len(rows)), key=lambda index: (len(rows[index].prompt), rows[index].prompt))
-    found = np.empty(len(rows))
+    found = np.empty((len(rows), len(ASPECTS)))
     with models.evaluating(model):
         for start in range(0, len(order), batch_size):
             some = order[start : start + batch_size]
@@ -288,19 +308,20 @@ def score(
 
 
 def token_scores(model: "PreTrainedModel", packed: Packed) -> torch.Tensor:
-    """Score of each completion token (N, T), 0 behind the end, by a model of `load`."""
+    """Score of each completion token by aspect (N, T, A), 0 behind the end, by a model of `load`."""
     from peft import PeftModel
 
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    return combine(packed, last_states(inner, packed), unembed=inner.get_output_embeddings(), head=inner.score)
+    return combine(packed, last_states(inner, packed), unembed=inner.get_output_embeddings(), heads=inner.score)
 
 
 def combine(
-    packed: Packed, states: torch.Tensor, *, unembed: torch.nn.Module, head: Callable[[torch.Tensor], torch.Tensor]
+    packed: Packed, states: torch.Tensor, *, unembed: torch.nn.Module, heads: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Token scores (N, T) from the adapted backbone's last hidden states (B L, H), its LM head and the score head."""
-    own = head(states[packed.at].float()).squeeze(2) * packed.mask
-    return HEAD * own + LIKELIHOOD * token_logprobs(packed, states, unembed)[0]
+    """Token scores (N, T, A) from the adapted backbone's last hidden states (B L, H), its LM head and A score heads."""
+    own = heads(states[packed.at].float()) * packed.mask[..., None]
+    likely = token_logprobs(packed, states, unembed)[0][..., None]
+    return HEAD * own + LIKELIHOOD / own.shape[-1] * likely
 
 
 def margins(
@@ -310,7 +331,7 @@ def margins(
     *,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """score(A) - score(B) of each preference, (N,); a completion that several pairs share is scored once."""
+    """Scores of A minus those of B by aspect (N, A); a completion that several pairs share is scored once."""
     texts = list(dict.fromkeys((pair.prompt, text) for pair in preferences for text in (pair.a, pair.b)))
     prompts, completions = [prompt for prompt, _ in texts], [text for _, text in texts]
     scores = score(model, tokenizer, prompts, completions, batch_size=batch_size)

@@ -117,6 +117,21 @@ def test_the_worst_error_comes_first_in_full():
     assert shown == [short_prompt("d2"), "x", "long text", "A"]
 
 
+def test_an_aspect_has_an_accuracy_of_its_own_and_leaves_its_ties_out():
+    judged = [
+        {"entities": 1.0, "relationships": 0.0, "summaries": -2.0},
+        {"entities": -0.5, "relationships": 0.0, "summaries": 1.0},
+        {"entities": 0.0, "relationships": 2.0, "summaries": 1.0},
+    ]
+    pairs = [preference(f"d{n}", "0-1", label="A").model_copy(update={"aspects": a}) for n, a in enumerate(judged)]
+    margins = np.array([[1.0, 0.0, 1.0], [2.0, 1.0, 1.0], [0.0, 3.0, -0.5]])
+    found = fidelity.accuracy_by_aspect(table(pairs, margins.sum(axis=1)), pairs, margins)
+    values = found.set_index(["measure", "name"])["value"].to_dict()
+    assert values["entities", "score of the aspect"] == 0.5 and values["relationships", "score of the aspect"] == 1
+    assert values["summaries", "score of the aspect"] == pytest.approx(1 / 3)
+    assert values["summaries", "summed score"] == pytest.approx(2 / 3)
+
+
 # -- calibration --------------------------------------------------------------------------------------------------
 
 

@@ -32,7 +32,7 @@ def reward_adapter(folder: Path) -> PeftModel:
     """Write an adapter with random weights and its head, as reward training does, and give the model it was made on."""
     scorer = base()
     torch.manual_seed(1)
-    scorer.score = torch.nn.Linear(SHAPE["hidden_size"], 1, bias=False)
+    scorer.score = torch.nn.Linear(SHAPE["hidden_size"], 3, bias=False)
     lora = LoraConfig(
         r=4, lora_alpha=8, target_modules="all-linear", exclude_modules=["score"], modules_to_save=["score"],
         task_type="CAUSAL_LM",
@@ -105,11 +105,11 @@ def test_the_reward_is_what_phase_06_measured(tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = reward.token_scores(scorer, pack(rows, pad=0, dtype=torch.float32))
         alone = [reward.token_scores(scorer, pack([row], pad=0, dtype=torch.float32)).sum() for row in rows]
-        head = [scorer.get_base_model().score(state(scorer, row)).item() for row in rows]
+        head = [scorer.get_base_model().score(state(scorer, row)).sum().item() for row in rows]
         with core.scoring():
             core.use("reward")
             found = core.rewards(rows)
-            assert close(found, wanted)
+            assert close(found, wanted.sum(dim=2))
             assert close(found.sum(dim=1), torch.stack(alone))
             assert all(not found[line, len(row.ids) :].any() for line, row in enumerate(rows))
             core.use("value")  # read one token before an end that is appended
@@ -199,7 +199,7 @@ def test_a_model_with_an_adapter_is_refused(core: MultiAdapter, tmp_path: Path) 
 def test_a_reward_adapter_without_head_or_of_another_shape_is_refused(tmp_path: Path) -> None:
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     get_peft_model(base(), lora).save_pretrained(tmp_path / "headless")
-    with pytest.raises(ValueError, match="has no score head of one row: train it"):
+    with pytest.raises(ValueError, match="has no score heads: train it"):
         adapters(tmp_path / "headless")
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from erlib import metrics, models, pretrain, reward
 from erlib.annotation import Preference
 from erlib.prompts import short_prompt
+from erlib.schema import ASPECTS
 
 GOOD, BAD = "Kor|organisation|firm", "Kor|person|firm"
 NAMES = ["Kor", "Vel", "Tamu", "Osti", "Brin", "Zan", "Mel", "Dro"]
@@ -30,7 +31,7 @@ def preference(number, a, b, label="A", **changed):
         "preference": label,
         "score": {"A": 2.0, "tie": 0.0, "B": -2.0}[label],
         "votes": (label,),
-        "aspects": {},
+        "aspects": dict.fromkeys(ASPECTS, 0.0) | {"entities": {"A": 2.0, "tie": 0.0, "B": -2.0}[label]},
     }
     return Preference.model_validate(record | changed)
 
@@ -105,6 +106,16 @@ def test_the_end_token_is_last_and_the_text_of_a_special_token_stays_text(tokeni
             assert tokenizer.pad_token_id not in ids
 
 
+def test_aspects_are_seen_from_the_preferred_side(tokenizer):
+    signs = {"entities": 1.5, "relationships": 0.0, "summaries": -0.5}
+    pairs = [
+        preference(0, GOOD, BAD, "A").model_copy(update={"aspects": signs}),
+        preference(0, "none", GOOD, "B", pair="0-2").model_copy(update={"aspects": signs}),
+    ]
+    (row,) = reward.encode(pairs, tokenizer, max_tokens=100).rows
+    assert row["aspects"] == [[1, 0, -1], [-1, 0, 1]]
+
+
 def test_ties_and_long_pairs_are_listed_never_lost(tokenizer):
     pairs = [*PREFERENCES[:4], preference(40, GOOD, BAD, "tie"), preference(41, "Kor " * 200, BAD)]
     with pytest.raises(ValueError, match="1 pairs have more than max_tokens=100 tokens: d41#0-1"):
@@ -123,7 +134,7 @@ def test_it_learns_the_order_and_keeps_it_on_other_documents(checkpoint, trained
     assert not [column for column in log if "second" in column or "runtime" in column]
     model, tokenizer = reward.load(checkpoint, out)
     others = [learnable(number) for number in range(100, 116)]
-    margins = reward.margins(model, tokenizer, others)
+    margins = reward.margins(model, tokenizer, others).sum(axis=1)
     assert [margin > 0 for margin in margins] == [pair.preference == "A" for pair in others]
 
 
@@ -131,7 +142,7 @@ def test_the_file_holds_lora_and_head_under_the_names_that_ppo_reads(trained):
     out, _ = trained
     weights = load_file(out / "adapter_model.safetensors")
     head = weights.pop("base_model.model.score.weight")
-    assert head.shape == (1, 32)
+    assert head.shape == (3, 32)
     assert all(name.startswith("base_model.model.model.layers.") for name in weights)
     assert {name.rsplit(".", 2)[1] for name in weights} == {"lora_A", "lora_B"}
     config = json.loads((out / "adapter_config.json").read_text())
@@ -144,11 +155,18 @@ def test_the_step_that_reads_a_completion_once_has_the_loss_of_its_pairs(checkpo
     """Three completions in three pairs: the first loss is that of six readings, and one reading was done."""
     texts = [GOOD, BAD, "none"]
     pairs = [preference(0, texts[i], texts[j], "A", pair=f"{i}-{j}") for i, j in ((0, 1), (0, 2), (1, 2))]
+    judged = [{"entities": 2.0, "relationships": -1.0, "summaries": 0.0}, {"relationships": 1.0}, {}]
+    pairs = [
+        pair.model_copy(update={"aspects": dict.fromkeys(ASPECTS, 0.0) | signs})
+        for pair, signs in zip(pairs, judged, strict=True)
+    ]
     log = train(checkpoint, tokenizer, tmp_path / "adapter", pairs, epochs=1, seed=7)
     models.seed_everything(7)
     model, tokenizer = reward.load(checkpoint)
     margins = reward.margins(model, tokenizer, pairs)  # LoRA begins as nothing
-    assert log["loss"].iloc[0] == pytest.approx(np.log1p(np.exp(-margins)).mean(), abs=1e-5)
+    summed = np.log1p(np.exp(-margins.sum(axis=1))).mean()
+    decided = np.array([margins[0, 0], -margins[0, 1], margins[1, 1]])  # entities, relationships, relationships
+    assert log["loss"].iloc[0] == pytest.approx(summed + np.log1p(np.exp(-decided)).mean(), abs=1e-5)
     read = sum(len(models.encode_completion(tokenizer, text)) for text in texts)
     assert log["num_tokens"].iloc[0] == len(models.encode_prompt(tokenizer, pairs[0].prompt)) + read
 
@@ -185,11 +203,12 @@ def test_a_score_does_not_depend_on_batch_neighbours_or_order(checkpoint, traine
     prompts = [PREFERENCES[number].prompt for number in range(len(texts))]
     together = reward.score(model, tokenizer, prompts, texts)
     alone = [reward.score(model, tokenizer, [p], [t], batch_size=1)[0] for p, t in zip(prompts, texts, strict=True)]
+    assert together.shape == (5, 3)
     reverse = reward.score(model, tokenizer, prompts[::-1], texts[::-1], batch_size=2)[::-1]
     assert together.dtype == np.float64
     assert np.allclose(together, alone, atol=1e-5)
     assert np.allclose(together, reverse, atol=1e-5)
-    assert len(set(together.round(4))) == len(texts)
+    assert len(set(together.sum(axis=1).round(4))) == len(texts)
 
 
 def test_a_score_is_the_sum_of_head_and_log_probability_over_the_tokens(checkpoint, trained):
@@ -199,10 +218,10 @@ def test_a_score_is_the_sum_of_head_and_log_probability_over_the_tokens(checkpoi
     start, end = models.encode_prompt(tokenizer, prompt), models.encode_completion(tokenizer, GOOD)
     with torch.no_grad():
         out = model(input_ids=torch.tensor([[*start, *end]]), output_hidden_states=True)
-        head = inner.score(out.hidden_states[-1][0, len(start) :]).sum()
+        head = inner.score(out.hidden_states[-1][0, len(start) :]).sum(dim=0)
         spread = out.logits[0, len(start) - 1 : -1].log_softmax(-1)
         likely = spread.gather(1, torch.tensor(end)[:, None]).sum()
-    wanted = float(head / 8 + 0.2 * likely)
+    wanted = (head / 8 + 0.2 / 3 * likely).tolist()
     # Beside a longer completion of the same prompt, whose line it shares, and one of another prompt.
     others = [PREFERENCES[2].prompt, prompt, prompt]
     found = reward.score(model, tokenizer, others, [BAD, GOOD * 3, GOOD])
@@ -213,7 +232,7 @@ def test_ids_are_scored_as_they_are_and_text_gets_its_end(checkpoint, trained):
     model, tokenizer = reward.load(checkpoint, trained[0])
     ids = models.encode_completion(tokenizer, GOOD)
     prompt = PREFERENCES[0].prompt
-    text, same, unfinished = reward.score(model, tokenizer, [prompt] * 3, [GOOD, ids, ids[:-1]])
+    text, same, unfinished = reward.score(model, tokenizer, [prompt] * 3, [GOOD, ids, ids[:-1]]).sum(axis=1)
     assert text == pytest.approx(same, abs=1e-5)
     assert abs(text - unfinished) > 1e-4
 
