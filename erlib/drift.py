@@ -143,7 +143,7 @@ def read(
     texts = [completion.text for completion in written]
     parsed = [parse_compact(text, brief=brief, document=d.text) for text, d in zip(texts, documents, strict=True)]
     ids = [list(completion.ids) for completion in written]
-    scores = reward.score(*scorer, prompts, ids, batch_size=batch_size).sum(axis=1)
+    scores = reward.score(*scorer, prompts, ids, batch_size=batch_size)
     return outputs(parsed, scores, brief)
 
 

@@ -27,7 +27,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -280,7 +280,12 @@ def load(
     return PeftModel.from_pretrained(model, adapter).eval(), tokenizer
 
 
-def score(
+def score(*args: Any, **settings: Any) -> np.ndarray:
+    """The reward (N,) of completions: the sum over aspects of `aspect_scores`, which takes the same arguments."""
+    return aspect_scores(*args, **settings).sum(axis=1)
+
+
+def aspect_scores(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[models.Prompt],
@@ -288,7 +293,7 @@ def score(
     *,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """Raw scores (N, A) float64 of completions by aspect, `batch_size` at a time; their sum over A is the reward.
+    """Raw scores (N, A) float64 of completions by aspect, `batch_size` at a time.
 
     A completion given as text gets the end token; given as ids (`Completion.ids`) it is taken as it is.
     """
@@ -331,7 +336,7 @@ def margins(
     *,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """Scores of A minus those of B by aspect (N, A); a completion that several pairs share is scored once."""
+    """score(A) - score(B) of each preference, (N,); a completion that several pairs share is scored once."""
     texts = list(dict.fromkeys((pair.prompt, text) for pair in preferences for text in (pair.a, pair.b)))
     prompts, completions = [prompt for prompt, _ in texts], [text for _, text in texts]
     scores = score(model, tokenizer, prompts, completions, batch_size=batch_size)

@@ -134,7 +134,7 @@ def test_it_learns_the_order_and_keeps_it_on_other_documents(checkpoint, trained
     assert not [column for column in log if "second" in column or "runtime" in column]
     model, tokenizer = reward.load(checkpoint, out)
     others = [learnable(number) for number in range(100, 116)]
-    margins = reward.margins(model, tokenizer, others).sum(axis=1)
+    margins = reward.margins(model, tokenizer, others)
     assert [margin > 0 for margin in margins] == [pair.preference == "A" for pair in others]
 
 
@@ -163,8 +163,9 @@ def test_the_step_that_reads_a_completion_once_has_the_loss_of_its_pairs(checkpo
     log = train(checkpoint, tokenizer, tmp_path / "adapter", pairs, epochs=1, seed=7)
     models.seed_everything(7)
     model, tokenizer = reward.load(checkpoint)
-    margins = reward.margins(model, tokenizer, pairs)  # LoRA begins as nothing
-    summed = np.log1p(np.exp(-margins.sum(axis=1))).mean()
+    of = dict(zip(texts, reward.aspect_scores(model, tokenizer, [pairs[0].prompt] * 3, texts), strict=True))
+    margins = np.array([of[pair.a] - of[pair.b] for pair in pairs])  # LoRA begins as nothing
+    summed = np.log1p(np.exp(-reward.margins(model, tokenizer, pairs))).mean()
     decided = np.array([margins[0, 0], -margins[0, 1], margins[1, 1]])  # entities, relationships, relationships
     assert log["loss"].iloc[0] == pytest.approx(summed + np.log1p(np.exp(-decided)).mean(), abs=1e-5)
     read = sum(len(models.encode_completion(tokenizer, text)) for text in texts)
@@ -202,13 +203,13 @@ def test_a_score_does_not_depend_on_batch_neighbours_or_order(checkpoint, traine
     texts = ["none", GOOD, BAD * 3, "a much longer completion, with words " * 3, ""]
     prompts = [PREFERENCES[number].prompt for number in range(len(texts))]
     together = reward.score(model, tokenizer, prompts, texts)
+    assert np.allclose(together, reward.aspect_scores(model, tokenizer, prompts, texts).sum(axis=1))
     alone = [reward.score(model, tokenizer, [p], [t], batch_size=1)[0] for p, t in zip(prompts, texts, strict=True)]
-    assert together.shape == (5, 3)
     reverse = reward.score(model, tokenizer, prompts[::-1], texts[::-1], batch_size=2)[::-1]
     assert together.dtype == np.float64
     assert np.allclose(together, alone, atol=1e-5)
     assert np.allclose(together, reverse, atol=1e-5)
-    assert len(set(together.sum(axis=1).round(4))) == len(texts)
+    assert len(set(together.round(4))) == len(texts)
 
 
 def test_a_score_is_the_sum_of_head_and_log_probability_over_the_tokens(checkpoint, trained):
@@ -224,7 +225,7 @@ def test_a_score_is_the_sum_of_head_and_log_probability_over_the_tokens(checkpoi
     wanted = (head / 8 + 0.2 / 3 * likely).tolist()
     # Beside a longer completion of the same prompt, whose line it shares, and one of another prompt.
     others = [PREFERENCES[2].prompt, prompt, prompt]
-    found = reward.score(model, tokenizer, others, [BAD, GOOD * 3, GOOD])
+    found = reward.aspect_scores(model, tokenizer, others, [BAD, GOOD * 3, GOOD])
     assert found[2] == pytest.approx(wanted, abs=1e-4)
 
 
@@ -232,7 +233,7 @@ def test_ids_are_scored_as_they_are_and_text_gets_its_end(checkpoint, trained):
     model, tokenizer = reward.load(checkpoint, trained[0])
     ids = models.encode_completion(tokenizer, GOOD)
     prompt = PREFERENCES[0].prompt
-    text, same, unfinished = reward.score(model, tokenizer, [prompt] * 3, [GOOD, ids, ids[:-1]]).sum(axis=1)
+    text, same, unfinished = reward.score(model, tokenizer, [prompt] * 3, [GOOD, ids, ids[:-1]])
     assert text == pytest.approx(same, abs=1e-5)
     assert abs(text - unfinished) > 1e-4
 
