@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from . import models
-from .packing import Packed, Rollout, last_states, pack, token_logprobs
+from .packing import Packed, Rollout, last_states, pack, take, token_logprobs
 from .reward import HEAD, combine
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class MultiAdapter:
     def values(self, rows: Sequence[Rollout]) -> torch.Tensor:
         """Value of the state before each completion token (N, T)."""
         packed = self.pack(rows)
-        return self.value_head(self._states(packed)[packed.before].float()).squeeze(2) * packed.mask
+        return self.value_head(take(self._states(packed), packed.before).float()).squeeze(2) * packed.mask
 
     def rewards(self, rows: Sequence[Rollout]) -> torch.Tensor:
         """Raw score of each completion token (N, T), 0 behind the end (`reward.combine`); their sum is the reward."""

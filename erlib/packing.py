@@ -68,6 +68,15 @@ def last_states(model: torch.nn.Module, packed: Packed) -> torch.Tensor:
     return model.base_model(**packed.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
+def take(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Rows (…, H) of `states` (L, H) at some places (…).
+
+    The gradients of a row that is taken more than once add up in one order, and so to the same bits in every run;
+    indexing adds them in the order in which threads come to it.
+    """
+    return states.index_select(0, places.flatten()).unflatten(0, places.shape)
+
+
 def token_logprobs(
     packed: Packed, states: torch.Tensor, unembed: torch.nn.Module, *, temperature: float = 1.0, entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +85,7 @@ def token_logprobs(
     `states` (B L, H) are of `last_states`, `unembed` is the LM head.
     """
     real = packed.mask.bool()
-    logits = unembed(states[packed.before[real]])
+    logits = unembed(take(states, packed.before[real]))
     spread = torch.log_softmax(logits.float() / temperature, dim=-1)
     chosen = spread.gather(1, packed.actions[real][:, None]).squeeze(1)
     zeros = torch.zeros_like(packed.mask)

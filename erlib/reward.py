@@ -34,7 +34,7 @@ import torch
 
 from . import metrics, models
 from .manifest import write_text
-from .packing import Packed, Rollout, last_states, pack, token_logprobs
+from .packing import Packed, Rollout, last_states, pack, take, token_logprobs
 from .schema import ASPECTS
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def _trainer(
     class EachOnce(RewardTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
             packed, places, aspects = Packed(**inputs.pop("packed")), inputs.pop("places"), inputs.pop("aspects")
-            scores = token_scores(model, packed).sum(dim=1)[places]  # (2 P, A)
+            scores = take(token_scores(model, packed).sum(dim=1), places)  # (2 P, A)
 
             def summed(**_):
                 return SequenceClassifierOutput(logits=scores.sum(dim=1, keepdim=True))
@@ -324,7 +324,7 @@ def combine(
     packed: Packed, states: torch.Tensor, *, unembed: torch.nn.Module, heads: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """Token scores (N, T, A) from the adapted backbone's last hidden states (B L, H), its LM head and A score heads."""
-    own = heads(states[packed.at].float()) * packed.mask[..., None]
+    own = heads(take(states, packed.at).float()) * packed.mask[..., None]
     likely = token_logprobs(packed, states, unembed)[0][..., None]
     return HEAD * own + LIKELIHOOD / own.shape[-1] * likely
 
