@@ -152,12 +152,13 @@ def _reward_model(folder: Path, workload: dict[str, Any]) -> "RewardModel":
     from safetensors.torch import save_file
 
     from .multiadapter import RewardModel
+    from .schema import ASPECTS
 
     rank = workload["lora_rank"]
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     with torch.device("meta"):  # names and shapes without a second model in memory
         shapes = get_peft_model_state_dict(get_peft_model(peer.build(workload), config))
-    shapes["base_model.model.score.weight"] = torch.empty(1, workload["width"], device="meta")
+    shapes["base_model.model.score.weight"] = torch.empty(len(ASPECTS), workload["width"], device="meta")
     generator = torch.Generator().manual_seed(workload["seed"])
     weights = {name: 0.02 * torch.randn(meta.shape, generator=generator) for name, meta in shapes.items()}
     folder.mkdir()

@@ -129,15 +129,15 @@ def accuracy_by_aspect(
 ) -> pd.DataFrame:
     """Accuracy on what annotators prefer in each aspect, of its own margin and of the sum's (column `margin`).
 
-    `preferences` and `margins` (P, A) belong to the rows of `table`. Columns name, measure (the aspect), value, low,
-    high; pairs that annotators tie in an aspect are left out of it.
+    `preferences` and `margins` (P, A) belong to the rows of `table`. Columns name, measure (one an aspect), value,
+    low, high; pairs that annotators tie in an aspect are left out of it.
     """
     rows = []
     for number, aspect in enumerate(ASPECTS):
         label = np.sign([pair.aspects[aspect] for pair in preferences])
         judged = table.assign(label=label, own=margins[:, number])
         for name, by in (("score of the aspect", "own"), ("summed score", "margin")):
-            rows.append((name, aspect, *accuracy(judged, by=by, seed=seed)))
+            rows.append((name, f"accuracy in {aspect}", *accuracy(judged, by=by, seed=seed)))
     return pd.DataFrame(rows, columns=["name", "measure", "value", "low", "high"])
 
 

@@ -18,6 +18,7 @@ import torch
 from . import models
 from .packing import Packed, Rollout, last_states, pack, take, token_logprobs
 from .reward import HEAD, combine
+from .schema import ASPECTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,8 +81,8 @@ class MultiAdapter:
         self.model = get_peft_model(model, config, adapter_name="policy")
         weights = load_file(reward.adapter / "adapter_model.safetensors")
         head = next((weights.pop(name) for name in list(weights) if name.endswith("score.weight")), None)
-        if head is None:
-            raise ValueError(f"{reward.adapter} has no score heads: train it with `reward.train`")
+        if head is None or head.shape[0] != len(ASPECTS):
+            raise ValueError(f"{reward.adapter} has no score head for each aspect: train it with `reward.train`")
         head = head.float().sum(dim=0, keepdim=True)  # what is rewarded is the sum over aspects
         for name in ("reward", "value"):
             saved = LoraConfig.from_pretrained(str(reward.adapter))

@@ -127,9 +127,10 @@ def test_an_aspect_has_an_accuracy_of_its_own_and_leaves_its_ties_out():
     margins = np.array([[1.0, 0.0, 1.0], [2.0, 1.0, 1.0], [0.0, 3.0, -0.5]])
     found = fidelity.accuracy_by_aspect(table(pairs, margins.sum(axis=1)), pairs, margins)
     values = found.set_index(["measure", "name"])["value"].to_dict()
-    assert values["entities", "score of the aspect"] == 0.5 and values["relationships", "score of the aspect"] == 1
-    assert values["summaries", "score of the aspect"] == pytest.approx(1 / 3)
-    assert values["summaries", "summed score"] == pytest.approx(2 / 3)
+    assert values["accuracy in entities", "score of the aspect"] == 0.5
+    assert values["accuracy in relationships", "score of the aspect"] == 1
+    assert values["accuracy in summaries", "score of the aspect"] == pytest.approx(1 / 3)
+    assert values["accuracy in summaries", "summed score"] == pytest.approx(2 / 3)
 
 
 # -- calibration --------------------------------------------------------------------------------------------------

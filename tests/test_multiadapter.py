@@ -28,11 +28,11 @@ def base() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def reward_adapter(folder: Path) -> PeftModel:
-    """Write an adapter with random weights and its head, as reward training does, and give the model it was made on."""
+def reward_adapter(folder: Path, *, heads: int = 3) -> PeftModel:
+    """Write an adapter with random weights and its heads, as reward training does; gives the model it was made on."""
     scorer = base()
     torch.manual_seed(1)
-    scorer.score = torch.nn.Linear(SHAPE["hidden_size"], 3, bias=False)
+    scorer.score = torch.nn.Linear(SHAPE["hidden_size"], heads, bias=False)
     lora = LoraConfig(
         r=4, lora_alpha=8, target_modules="all-linear", exclude_modules=["score"], modules_to_save=["score"],
         task_type="CAUSAL_LM",
@@ -199,8 +199,11 @@ def test_a_model_with_an_adapter_is_refused(core: MultiAdapter, tmp_path: Path) 
 def test_a_reward_adapter_without_head_or_of_another_shape_is_refused(tmp_path: Path) -> None:
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     get_peft_model(base(), lora).save_pretrained(tmp_path / "headless")
-    with pytest.raises(ValueError, match="has no score heads: train it"):
+    with pytest.raises(ValueError, match="has no score head for each aspect: train it"):
         adapters(tmp_path / "headless")
+    reward_adapter(tmp_path / "one", heads=1)
+    with pytest.raises(ValueError, match="has no score head for each aspect: train it"):
+        adapters(tmp_path / "one")
 
 
 def test_a_reward_model_of_another_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def base() -> LlamaForCausalLM:
 def reward_model(folder: Path, head: torch.Tensor, *, std: float = 0.0, **changes: Any) -> RewardModel:
     """A saved reward adapter with this head (1, H), its LoRA weights of size `std`; the guard's reference is wide."""
     scorer = base()
-    scorer.score = torch.nn.Linear(SHAPE["hidden_size"], 1, bias=False)
+    scorer.score = torch.nn.Linear(SHAPE["hidden_size"], 3, bias=False)
     torch.manual_seed(1)
     lora = LoraConfig(
         r=4, lora_alpha=8, target_modules="all-linear", exclude_modules=["score"], modules_to_save=["score"],
@@ -59,7 +59,7 @@ def reward_model(folder: Path, head: torch.Tensor, *, std: float = 0.0, **change
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=std)
         if "score" in name:
-            parameter.data.copy_(head)
+            parameter.data.copy_(head / 3)  # an aspect a row; their sum is the reward
     trained.save_pretrained(folder)
     evaluation = np.random.default_rng(0).normal(0, 1, 300)
     return RewardModel(folder, 0.0, 1.0, evaluation)._replace(**changes)
