@@ -279,14 +279,15 @@ def scores(frame: "pd.DataFrame", *, judges: str) -> "Figure":
 def reward_training(log: "pd.DataFrame") -> "Figure":
     """Draw the log of `reward.train` by step: loss and accuracy on training and on validation pairs."""
     figure, axes = _axes("Does it learn an order that holds on other documents?", width=9.0, columns=2)
-    chance = {"loss": 0.693, "accuracy": 0.5}
+    chance = {"loss": 1.386, "accuracy": 0.5}  # ln 2 for the sum, and ln 2 for the aspects beside it
+    labels = {"loss": "loss per pair, sum and aspects (nats)", "accuracy": "accuracy"}
     for axis, (measure, level) in zip(axes, chance.items(), strict=True):
         for column, colour, label in ((measure, SKY, "training"), (f"eval_{measure}", VERMILION, "validation")):
             if column in log:
                 known = log.dropna(subset=column)
                 axis.plot(known["step"], known[column], color=colour, marker=".", label=label)
         axis.axhline(level, color=GREY, linestyle="--", linewidth=1, label="chance")
-        axis.set(xlabel="step", ylabel={"loss": "loss per pair (nats)", "accuracy": "accuracy"}[measure])
+        axis.set(xlabel="step", ylabel=labels[measure])
         axis.legend(fontsize=8, frameon=False)
     return figure
 
