@@ -1,12 +1,13 @@
 """What the embedded base model reads in its pre-training: rows of posts with generic reports, easy ones first.
 
 A small LM finds out late that names can be copied, and later still that the wording between two names says how they are
-related. Three kinds of row bring that forward, and teach nothing of any client's brief:
+related, and what is said of whom. Four kinds of row bring that forward, and teach nothing of any client's brief:
 
 1. *Lists*: names, and the same names again. Only at the start; they make copying pay from the first step.
 2. *Examples*: posts with their reports, in one text form a row; short posts first, and a few rows as long as a few-shot
    prompt.
 3. *Pairs*: a post, two of its names in order, and their relationship if it states one.
+4. *Facts*: a post, one of its names, and all that it says of it.
 
 A row is `{"parts": [(text, is_target), ...]}`.
 """
@@ -36,7 +37,9 @@ _INSTRUCTIONS = (
 )
 
 
-def rows(world: World, *, long_share: float = 0.035, pair_share: float = 0.2) -> Iterator[dict]:
+def rows(
+    world: World, *, long_share: float = 0.035, pair_share: float = 0.2, fact_share: float = 0.2
+) -> Iterator[dict]:
     """Yield endless pre-training rows, easy ones first; the same world and shares give the same rows."""
     number = index = 0
     while True:
@@ -45,13 +48,14 @@ def rows(world: World, *, long_share: float = 0.035, pair_share: float = 0.2) ->
         if rng.random() < LIST_SHARE * max(0.0, 1 - number / LIST_ROWS):
             yield {"parts": _list(rng)}
         else:
-            long, pairs = rng.random() < long_share, rng.random() < pair_share
+            long, asks = rng.random() < long_share, rng.random()
+            about = _pairs if asks < pair_share else _facts if asks < pair_share + fact_share else None
             examples = []
-            for _ in range(rng.randint(3, 7) if long else 1 if pairs else rng.choice((1, 1, 2))):
+            for _ in range(rng.randint(3, 7) if long else 1 if about else rng.choice((1, 1, 2))):
                 text, report, index = _next(world, index, longest)
                 examples.append((text, report))
-            if pairs and not long and len(examples[0][1].entities) > 1:
-                yield {"parts": _pairs(rng, *examples[0])}
+            if about and not long and len(examples[0][1].entities) > 1:
+                yield {"parts": about(rng, *examples[0])}
             else:
                 yield {"parts": _examples(rng, examples, long=long)}
         number += 1
@@ -81,6 +85,14 @@ def _pairs(rng: random.Random, text: str, report: Report) -> list[tuple[str, boo
     parts: list[tuple[str, bool]] = [(text + "\n", False)]
     for source, target in rng.sample(asked, len(asked)):
         parts += [(f"\n{source} > {target}: ", False), (types.get((source, target), "none"), True)]
+    return parts
+
+
+def _facts(rng: random.Random, text: str, report: Report) -> list[tuple[str, bool]]:
+    """A post, its names in any order, and what it says of each, or `none`."""
+    parts: list[tuple[str, bool]] = [(text + "\n", False)]
+    for entity in rng.sample(report.entities, len(report.entities)):
+        parts += [(f"\n{entity.name}: ", False), (entity.summary or "none", True)]
     return parts
 
 

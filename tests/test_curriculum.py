@@ -4,7 +4,7 @@ from itertools import islice
 
 import pytest
 
-from erlib import curriculum
+from erlib import corpus, curriculum
 from erlib.synthetic import World
 
 
@@ -20,7 +20,9 @@ def text_of(row):
 def kind(row):
     if "Report:\n" in text_of(row):
         return "example"
-    return "list" if len(row["parts"]) == 2 else "pairs"
+    if len(row["parts"]) == 2:
+        return "list"
+    return "pairs" if " > " in row["parts"][1][0] else "facts"
 
 
 def test_rows_hold_every_type_in_both_forms_and_no_brief(world):
@@ -36,7 +38,7 @@ def test_lists_and_short_posts_come_first_and_the_same_world_gives_the_same_rows
     rows = list(islice(curriculum.rows(world), 4000))
     kinds = [kind(row) for row in rows]
     assert kinds[:300].count("list") > 150 > 0 == kinds[curriculum.LIST_ROWS :].count("list")
-    assert {"pairs", "example"} == set(kinds[3000:])
+    assert {"pairs", "facts", "example"} == set(kinds[3000:])
 
     def longest(part):
         return max(len(text_of(row)) for row in part if kind(row) == "pairs")
@@ -54,3 +56,18 @@ def test_pairs_say_how_two_names_are_related_in_that_order(world):
         for asked, _ in row["parts"][1::2]:
             source, target = asked.strip().removesuffix(":").split(" > ")
             assert source in post and target in post
+
+
+def test_facts_are_told_of_the_name_that_is_asked_about_and_of_no_other(world, monkeypatch):
+    monkeypatch.setattr(curriculum, "LIST_SHARE", 0.0)
+    monkeypatch.setattr(curriculum, "SHORTEST", 100_000)
+    rows = [row for row in islice(curriculum.rows(world, fact_share=0.7), 100) if kind(row) == "facts"]
+    posts = {corpus.clean(sample.document.text): sample.truth.generic_report for sample in world.stream(400)}
+    told = 0
+    for row in rows:
+        facts = {entity.name: entity.summary or "none" for entity in posts[row["parts"][0][0].strip()].entities}
+        answers = [text for text, is_target in row["parts"] if is_target]
+        asked = [text.strip().removesuffix(":") for text, _ in row["parts"][1::2]]
+        assert dict(zip(asked, answers, strict=True)) == facts
+        told += len(answers) - answers.count("none")
+    assert len(rows) > 40 and told > len(rows)
