@@ -68,7 +68,7 @@ def is_current(html: Path, folder: Path) -> bool:
 
 
 def write_index(folder: Path) -> Path:
-    """Write `index.html` of a run folder: every phase's status, headline against target, seconds and links.
+    """Write `index.html` of a run folder: every phase's status, headline or first failed check, seconds and links.
 
     Phases stand in the order in which they run: those of the rounds, by round, between those before and after them.
     """

@@ -67,7 +67,8 @@ def rounds(chain: Path) -> Path:
         'out = "x/07_learn"\ndraw_dir = "x/04_draw"\nmost = 9\nround_number = 1\nseed = 0',
         "from pathlib import Path\n" + START.format(name="07_learn"),
         "phase.path('model.txt').write_text('learned ' + (Path(draw_dir) / 'drawn.txt').read_text())",
-        "phase.finish([run.check('round', round_number, target=f'<= {most}')], metrics={})",
+        "checks = [run.check('learned', 1), run.check('round', round_number, target=f'<= {most}')]",
+        "phase.finish(checks, metrics={})",
     )
     write_notebook(
         chain / "notebooks/08_compare.ipynb",
@@ -304,6 +305,8 @@ def test_a_gate_in_a_round_stops_the_run_there_and_the_index_shows_each_round(ro
         *("01_make  done", "04_draw 1 done", "07_learn 1 done", "04_draw 2 done", "07_learn 2 failed gate"),
         "08_compare  done",
     ]
+    heads = [row("td")[3].text for row in page.find("table")("tr")[1:]]
+    assert (heads[2], heads[4]) == ("learned", "round")  # a failed check comes before the first one
     links = [link["href"] for link in page("a")]
     assert len(links) == 2 * len(rows)
     assert all((folder / link).is_file() for link in links)
