@@ -7,7 +7,7 @@ related, and what is said of whom. Four kinds of row bring that forward, and tea
 2. *Examples*: posts with their reports, in one text form a row; short posts first, and a few rows as long as a few-shot
    prompt.
 3. *Pairs*: a post, two of its names in order, and their relationship if it states one.
-4. *Facts*: a post, one of its names, and all that it says of it.
+4. *Facts*: a post, its names in any order, and all that it says of each.
 
 A row is `{"parts": [(text, is_target), ...]}`.
 """
@@ -82,17 +82,21 @@ def _pairs(rng: random.Random, text: str, report: Report) -> list[tuple[str, boo
     names = [entity.name for entity in report.entities]
     others = [(a, b) for a in names for b in names if a != b and (a, b) not in types]
     asked = [*types, *rng.sample(others, min(len(others), 1 + len(types) // 2))]
-    parts: list[tuple[str, bool]] = [(text + "\n", False)]
-    for source, target in rng.sample(asked, len(asked)):
-        parts += [(f"\n{source} > {target}: ", False), (types.get((source, target), "none"), True)]
-    return parts
+    pairs = rng.sample(asked, len(asked))
+    return _answered(text, [(f"{source} > {target}", types.get((source, target), "none")) for source, target in pairs])
 
 
 def _facts(rng: random.Random, text: str, report: Report) -> list[tuple[str, bool]]:
     """A post, its names in any order, and what it says of each, or `none`."""
+    entities = rng.sample(report.entities, len(report.entities))
+    return _answered(text, [(entity.name, entity.summary or "none") for entity in entities])
+
+
+def _answered(text: str, questions: list[tuple[str, str]]) -> list[tuple[str, bool]]:
+    """A post, and below it a line for each question with its answer, the target."""
     parts: list[tuple[str, bool]] = [(text + "\n", False)]
-    for entity in rng.sample(report.entities, len(report.entities)):
-        parts += [(f"\n{entity.name}: ", False), (entity.summary or "none", True)]
+    for question, answer in questions:
+        parts += [(f"\n{question}: ", False), (answer, True)]
     return parts
 
 

@@ -183,10 +183,15 @@ def calibration_error(table: pd.DataFrame, *, temperature: float = 1.0, bins: in
 
 
 def fit_temperature(table: pd.DataFrame) -> float:
-    """The temperature (0.05 to 20) that makes sigmoid(margin / temperature) likeliest on decided pairs (1706.04599)."""
+    """The temperature (0.05 to 20) that makes sigmoid(margin / temperature) likeliest on decided pairs (1706.04599).
+
+    Raises ValueError where no pair is decided.
+    """
     from scipy.optimize import minimize_scalar
 
     signed = (table["margin"] * table["label"])[table["label"] != 0].to_numpy()
+    if not len(signed):
+        raise ValueError(f"none of {len(table)} pairs has a preference to fit a temperature on: take more documents")
     found = minimize_scalar(
         lambda log: np.logaddexp(0, -signed / math.exp(log)).mean(),
         bounds=(math.log(0.05), math.log(20)),

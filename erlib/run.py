@@ -200,7 +200,7 @@ class Phase:
         return time.monotonic() - self._began
 
     def finish(self, checks: Sequence[Check], *, metrics: Mapping[str, float], note: str = "") -> "pd.DataFrame":
-        """Complete the phase, `failed_gate` if a check failed, and give its verdict; the first check heads it."""
+        """Complete the phase, `failed_gate` if a check failed, which then heads the verdict; else the first does."""
         wrong = [name for name, value in metrics.items() if not isinstance(_plain(value), int | float | None)]
         if wrong:
             raise TypeError(f"metrics are numbers, these are not: {', '.join(wrong)}")

@@ -162,6 +162,12 @@ def test_a_temperature_mends_overconfidence_and_changes_no_order():
     assert fidelity.accuracy(fresh).value == fidelity.accuracy(sampled(6000, seed=2)).value
 
 
+def test_a_temperature_needs_a_preference_to_be_fitted_on():
+    ties = table([preference(f"d{i}", "0-1", label="tie") for i in range(3)], [1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="none of 3 pairs has a preference"):
+        fidelity.fit_temperature(ties)
+
+
 def test_the_error_of_one_bin_by_hand():
     preferences = [preference(f"d{i}", "0-1", label="A" if i < 6 else "B") for i in range(10)]
     confidence = 1 / (1 + math.exp(-2.0))
