@@ -9,19 +9,24 @@
 """
 
 import hashlib
+import itertools
 import json
+import math
 import os
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
+
+from . import parallel
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -173,26 +178,32 @@ def generate(
                 f"context of {limit}: shorten the document or the prompt"
             )
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-    completions: dict[int, Completion] = {}
+    size = max(1, min(batch_size, math.ceil(len(order) / parallel.cores(model.device))))  # a batch for each core
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+
+    def complete(rows: list[int]) -> list[Completion]:
+        uniform = None
+        if temperature > 0:
+            draws = [np.random.default_rng([seed, index]).random(max_new_tokens) for index in rows]
+            uniform = torch.tensor(np.array(draws), device=model.device)
+        new = _decode(
+            model,
+            tokenizer,
+            [encoded[index] for index in rows],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            uniform=uniform,
+            stop=stop,
+        )
+        return [
+            Completion(_text(tokenizer, ids, stop), tuple(ids), len(encoded[index]), finished, tuple(logprobs))
+            for index, (ids, finished, logprobs) in zip(rows, new, strict=True)
+        ]
+
+    batches.reverse()  # the longest first
     with evaluating(model):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            uniform = None
-            if temperature > 0:
-                draws = [np.random.default_rng([seed, index]).random(max_new_tokens) for index in rows]
-                uniform = torch.tensor(np.array(draws), device=model.device)
-            new = _decode(
-                model,
-                tokenizer,
-                [encoded[index] for index in rows],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                uniform=uniform,
-                stop=tuple(stop),
-            )
-            for index, (ids, finished, logprobs) in zip(rows, new, strict=True):
-                text = _text(tokenizer, ids, stop)
-                completions[index] = Completion(text, tuple(ids), len(encoded[index]), finished, tuple(logprobs))
+        found = parallel.each(complete, batches, device=model.device)
+    completions = {i: one for rows, ones in zip(batches, found, strict=True) for i, one in zip(rows, ones, strict=True)}
     return [completions[index] for index in range(len(prompts))]
 
 
@@ -204,7 +215,7 @@ def _decode(
     max_new_tokens: int,
     temperature: float,
     uniform: torch.Tensor | None,
-    stop: tuple[str, ...],
+    stop: Sequence[str],
 ) -> list[tuple[list[int], bool, list[float]]]:
     """Complete one batch: new ids of each row, whether it finished, log-probabilities; `uniform` (B, steps) samples."""
     different = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, batch)))}
@@ -216,6 +227,7 @@ def _decode(
     new: list[list[int]] = [[] for _ in batch]
     logprobs: list[list[float]] = [[] for _ in batch]
     finished = [False] * len(batch)
+    stopped = _stopper(tokenizer, stop)
     rows = list(range(len(batch)))  # the row of the batch that each line of the cache belongs to
     for step in range(max_new_tokens):
         chosen = _choose(logits, temperature, None if uniform is None else uniform[rows, step])
@@ -224,7 +236,7 @@ def _decode(
             if not finished[row]:
                 new[row].append(token)
                 logprobs[row].append(logprob)
-                finished[row] = token == tokenizer.eos_token_id or _stopped(tokenizer, new[row], stop)
+                finished[row] = token == tokenizer.eos_token_id or stopped(new[row])
         going = [line for line, row in enumerate(rows) if not finished[row]]
         if not going or step == max_new_tokens - 1:
             break
@@ -305,11 +317,19 @@ def _choose(logits: torch.Tensor, temperature: float, uniform: torch.Tensor | No
     return chosen.clamp(max=logits.shape[-1] - 1)
 
 
-def _stopped(tokenizer: "PreTrainedTokenizerBase", ids: list[int], stop: tuple[str, ...]) -> bool:
-    if not stop:
-        return False
-    tail = tokenizer.decode(ids[-max(len(text.encode()) for text in stop) :])  # a token is at least one byte
-    return any(text in tail for text in stop)
+def _stopper(tokenizer: "PreTrainedTokenizerBase", stop: Sequence[str]) -> Callable[[list[int]], bool]:
+    """A test of a row's ids: did the last one complete a stop? Only rows whose last token can do so are decoded."""
+    longest = max((len(text.encode()) for text in stop), default=0)  # tokens; each is at least one byte
+
+    @cache
+    def can(token: int) -> bool:
+        text = tokenizer.decode([token])
+        return "\ufffd" in text or any(one[-1] in text for one in stop)  # the mark of a part of a character
+
+    def stopped(ids: list[int]) -> bool:
+        return bool(stop) and can(ids[-1]) and any(text in tokenizer.decode(ids[-longest:]) for text in stop)
+
+    return stopped
 
 
 def _text(tokenizer: "PreTrainedTokenizerBase", ids: list[int], stop: Sequence[str]) -> str:
@@ -338,24 +358,29 @@ def completion_logprobs(
         (encode_prompt(tokenizer, prompt), encode_completion(tokenizer, completion))
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
-    order = sorted(range(len(pairs)), key=lambda index: sum(map(len, pairs[index])))
-    found: dict[int, torch.Tensor] = {}
+    order = sorted(range(len(pairs)), key=lambda index: -sum(map(len, pairs[index])))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def read(rows: list[int]) -> list[list[float]]:
+        width = sum(map(len, pairs[rows[0]]))
+        ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for line, index in enumerate(rows):
+            sequence = [*pairs[index][0], *pairs[index][1]]
+            ids[line, : len(sequence)] = torch.tensor(sequence)
+            mask[line, : len(sequence)] = 1
+        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+        found = []
+        for line, index in enumerate(rows):
+            begin, n = len(pairs[index][0]), len(pairs[index][1])
+            logprobs = torch.log_softmax(logits[line, begin - 1 : begin - 1 + n].float() / temperature, dim=-1)
+            target = ids[line, begin : begin + n].to(model.device)
+            found.append(logprobs.gather(1, target[:, None]).squeeze(1).tolist())
+        return found
+
     with evaluating(model):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            width = max(sum(map(len, pairs[index])) for index in rows)
-            ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-            mask = torch.zeros_like(ids)
-            for line, index in enumerate(rows):
-                sequence = [*pairs[index][0], *pairs[index][1]]
-                ids[line, : len(sequence)] = torch.tensor(sequence)
-                mask[line, : len(sequence)] = 1
-            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
-            for line, index in enumerate(rows):
-                begin, n = len(pairs[index][0]), len(pairs[index][1])
-                logprobs = torch.log_softmax(logits[line, begin - 1 : begin - 1 + n].float() / temperature, dim=-1)
-                target = ids[line, begin : begin + n].to(model.device)
-                found[index] = logprobs.gather(1, target[:, None]).squeeze(1).cpu()
+        read_out = itertools.chain.from_iterable(parallel.each(read, batches, device=model.device))
+    found = dict(zip(order, map(torch.tensor, read_out), strict=True))
     return [found[index] for index in range(len(pairs))]
 
 

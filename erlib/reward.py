@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from . import metrics, models
+from . import metrics, models, parallel
 from .manifest import write_text
 from .packing import Packed, Rollout, last_states, pack, take, token_logprobs
 from .schema import ASPECTS
@@ -301,15 +301,19 @@ def aspect_scores(
         Rollout(tuple(models.encode_prompt(tokenizer, p)), tuple(models.encode_completion(tokenizer, c)))
         for p, c in zip(prompts, completions, strict=True)
     ]
-    # Lines of similar length; completions of one prompt come together, so that it is read once.
-    order = sorted(range(len(rows)), key=lambda index: (len(rows[index].prompt), rows[index].prompt))
-    found = np.empty((len(rows), len(ASPECTS)))
+    # Lines of similar length, the longest first; completions of one prompt come together, so that it is read once.
+    order = sorted(range(len(rows)), key=lambda index: (-len(rows[index].prompt), rows[index].prompt))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def read(some: list[int]) -> np.ndarray:
+        packed = pack([rows[index] for index in some], pad=tokenizer.pad_token_id, dtype=model.dtype)
+        return token_scores(model, packed.to(model.device)).sum(dim=1).double().cpu().numpy()
+
     with models.evaluating(model):
-        for start in range(0, len(order), batch_size):
-            some = order[start : start + batch_size]
-            packed = pack([rows[index] for index in some], pad=tokenizer.pad_token_id, dtype=model.dtype)
-            found[some] = token_scores(model, packed.to(model.device)).sum(dim=1).double().cpu().numpy()
-    return found
+        found = parallel.each(read, batches, device=model.device)
+    scores = np.empty((len(rows), len(ASPECTS)))
+    scores[order] = np.concatenate(found) if found else 0.0
+    return scores
 
 
 def token_scores(model: "PreTrainedModel", packed: Packed) -> torch.Tensor:

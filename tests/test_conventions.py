@@ -22,7 +22,7 @@ IMPORT_ORDER = [
     *("manifest", "run", "report", "plan", "runner"),
     *("schema", "metrics", "agreement", "corpus", "posts", "synthetic", "curriculum", "simulated", "panel"),
     *("prompts", "exemplars", "teacher", "diversity"),
-    *("models", "pretrain", "sft"),
+    *("parallel", "models", "pretrain", "sft"),
     *("sampling", "store", "annotation", "packing", "reward", "fidelity"),
     *("monitor", "losses", "multiadapter", "rollouts", "ppo", "preference"),
     *("blindtest", "peer", "benchmark"),
@@ -30,6 +30,7 @@ IMPORT_ORDER = [
     *("plots", "__main__"),
 ]
 NEEDS_TORCH = {
+    "parallel",
     "models",
     "pretrain",
     "sft",
