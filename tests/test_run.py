@@ -335,6 +335,20 @@ def test_a_failed_gate_stops_the_run_after_its_report(chain: Path) -> None:
     assert status == 3 and words(lines)["02"].startswith("skipped")  # gone past, and still failed
 
 
+def test_a_missed_target_that_is_no_gate_is_shown_and_the_run_goes_on(chain: Path) -> None:
+    edit(
+        chain / "notebooks/02_double.ipynb",
+        "run.check('parts', len(parts))",
+        "run.check('parts', 1, target='>= 2', gate=False)",
+    )
+    status, printed = go(chain)
+    assert status == runner.EXIT["done"]
+    assert "0 of 1 targets met; parts = 1 (target >= 2)" in printed
+    manifest = read_manifest(chain / "runs/tiny/02_double")
+    assert (manifest["status"], manifest["verdict"][0]["ok"], manifest["verdict"][0]["gate"]) == ("done", False, False)
+    assert "no (not a gate)" in (chain / "runs/tiny/index.html").read_text()
+
+
 def test_errors_dead_kernels_and_forgotten_finishes_end_with_a_manifest_and_a_report(chain: Path) -> None:
     for cell, message in {
         "raise ValueError('a <b>bad</b> row')": "ValueError: a <b>bad</b> row",
