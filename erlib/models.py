@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 EMBEDDED = Path(__file__).parent / "assets" / "base_model"
 BLANK_LINE = "\n\n"
 ROOM = 256  # tokens that a cache can grow by before it is copied
+ALONE = 16  # prompts that are not worth a second process
 Prompt = str | list[int]
 
 
@@ -178,7 +179,7 @@ def generate(
                 f"context of {limit}: shorten the document or the prompt"
             )
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-    size = max(1, min(batch_size, math.ceil(len(order) / parallel.cores(model.device))))  # a batch for each core
+    size = min(batch_size, max(ALONE, math.ceil(len(order) / parallel.cores(model.device))))  # a batch for each core
     batches = [order[start : start + size] for start in range(0, len(order), size)]
 
     def complete(rows: list[int]) -> list[Completion]:
