@@ -4,9 +4,10 @@ An operation of a small LM is too short to be divided: two threads decode 1.3 ti
 thread 1.8 times. A fork sees the model where it is, without loading or copying it.
 """
 
+import ctypes
 import multiprocessing
-import os
 import pickle
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from typing import TypeVar
 
 import torch
 
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
@@ -35,20 +37,20 @@ def each(work: Callable[[Part], Result], parts: Sequence[Part], *, device: torch
     processes = min(cores(device), len(parts))
     if processes < 2:
         return [work(part) for part in parts]
-    context, parent = multiprocessing.get_context("fork"), os.getpid()
+    context = multiprocessing.get_context("fork")
     taken = context.Value("i", 0)
 
     def share() -> dict[int, Result]:
         done: dict[int, Result] = {}
-        while os.getpid() == parent or os.getppid() == parent:  # an orphan's results reach nobody
+        while True:
             with taken:
                 index, taken.value = taken.value, taken.value + 1
             if index >= len(parts):
-                break
+                return done
             done[index] = work(parts[index])
-        return done
 
     def child(end: Connection) -> None:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it ends with its parent, however that ends
         # A fork has none of the threads that its parent's libraries started and would wait for them for ever.
         torch.set_num_threads(1)
         try:

@@ -3,8 +3,12 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 import torch
 
@@ -86,6 +90,30 @@ def test_a_killed_process_is_an_error_and_not_a_wait_for_ever() -> None:
 
     with pytest.raises(RuntimeError, match="exit code -9"):
         parallel.each(die, range(3), device=CPU)
+
+
+def test_no_process_outlives_a_killed_parent() -> None:
+    script = """
+import os, time, torch
+from erlib import parallel
+torch.set_num_threads(2)
+parallel.each(lambda _: (print(os.getpid(), flush=True), time.sleep(600)), range(2), device=torch.device("cpu"))
+"""
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    pids = {int(parent.stdout.readline()) for _ in range(2)}
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 30
+    while any(map(_alive, pids)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(map(_alive, pids))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_samples_do_not_depend_on_how_many_processes_drew_them() -> None:
