@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from . import parallel
+from .prompts import flatten
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,8 +122,6 @@ def encode_messages(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dic
     The template's own text may become special tokens, the contents never do.
     """
     if not tokenizer.chat_template:
-        from .prompts import flatten  # brings DSPy, which a process that only serves does without
-
         return encode_prompt(tokenizer, flatten(messages))
     marks = [f"\x00{index}\x00" for index in range(len(messages))]
     marked = [message | {"content": mark} for message, mark in zip(messages, marks, strict=True)]

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from . import prompts
+from . import evaluation, extraction, prompts
 from .schema import Brief, Document, Exemplar, Parsed
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ def estimate(
     from dspy.lm15 import request_from_openai_chat
 
     meter: Meter = lm.engine
-    adapter = prompts.ReportAdapter(template, form)
+    adapter = extraction.ReportAdapter(template, form)
     settings = {name: value for name, value in lm.kwargs.items() if value is not None}
     bodies = [{"model": lm.model, "messages": adapter.messages(d.text, demos), **settings} for d in documents]
     requests = [request_from_openai_chat(body) for body in bodies]
@@ -341,10 +341,10 @@ def write_reports(
     brief: Brief | None = None,
     threads: int = 16,
 ) -> list[Parsed]:
-    """Have the frontier write the report of every document, and write them to `path` (`prompts.write_predictions`).
+    """Have the frontier write the report of every document, and write them to `path` (`evaluation.write_predictions`).
 
     Resumes through the response cache: after a kill or a spent budget, the same call asks only for what is missing.
     """
-    parsed = prompts.extract(lm, documents, template=template, demos=demos, form=form, threads=threads, brief=brief)
-    prompts.write_predictions(path, documents, parsed)
+    parsed = extraction.extract(lm, documents, template=template, demos=demos, form=form, threads=threads, brief=brief)
+    evaluation.write_predictions(path, documents, parsed)
     return parsed

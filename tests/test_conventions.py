@@ -21,7 +21,7 @@ from erlib.plan import check_params, discover, rounds, skipped
 IMPORT_ORDER = [
     *("manifest", "run", "report", "plan", "runner"),
     *("schema", "metrics", "agreement", "corpus", "posts", "synthetic", "curriculum", "simulated", "panel"),
-    *("prompts", "exemplars", "teacher", "diversity"),
+    *("prompts", "evaluation", "exemplars", "extraction", "selector", "teacher", "diversity"),
     *("parallel", "models", "pretrain", "sft"),
     *("sampling", "store", "annotation", "packing", "reward", "fidelity"),
     *("monitor", "losses", "multiadapter", "rollouts", "ppo", "preference"),

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from erlib import prompts, teacher
+from erlib import evaluation, extraction, prompts, teacher
 from erlib.schema import Document, Entity, Report, to_json
 
 TEMPLATE = prompts.Template("t", "", "Report the firms.")
@@ -102,7 +102,7 @@ def connect(endpoint, tmp_path, **changes):
 
 
 def ask(lm, documents=DOCUMENTS, threads=4):
-    return prompts.extract(lm, documents, template=TEMPLATE, threads=threads)
+    return extraction.extract(lm, documents, template=TEMPLATE, threads=threads)
 
 
 def names(parsed):
@@ -175,7 +175,7 @@ def test_another_model_setting_or_prompt_is_another_cache_entry(endpoint, tmp_pa
     template = prompts.Template("t", "", change.pop("template", TEMPLATE.system))
     model = change.pop("model", "frontier:large")
     lm = teacher.connect(model, api_base=endpoint.url, cache_dir=tmp_path / "cache", **change)
-    prompts.extract(lm, DOCUMENTS[:1], template=template)
+    extraction.extract(lm, DOCUMENTS[:1], template=template)
     assert len(endpoint.bodies) == 2
 
 
@@ -268,7 +268,7 @@ def test_reports_resume_where_a_run_was_stopped(tmp_path):
     lm = teacher.connect("m", engine=engine, cache_dir=tmp_path / "c")
     parsed = teacher.write_reports(lm, DOCUMENTS, **asked)
     assert engine.calls == 5 and teacher.usage(lm).cached == 7
-    assert prompts.read_predictions(path) == (DOCUMENTS, parsed)
+    assert evaluation.read_predictions(path) == (DOCUMENTS, parsed)
     assert names(parsed) == [[f"Firm{i}"] for i in range(12)]
 
 
