@@ -111,11 +111,20 @@ def training_items(
 # -- who judges ---------------------------------------------------------------------------------------------------
 
 
-def drive(store: Store, judge: Judge, *, seconds: Callable[[str, str, str, str], float], started: datetime) -> State:
+def drive(
+    store: Store,
+    judge: Judge,
+    *,
+    seconds: Callable[[str, str, str, str], float],
+    started: datetime,
+    rest: timedelta | None = None,
+) -> State:
     """Let a `judge` callable do all that is assigned, batch after batch, until the store is done or stops.
 
     Every annotator has a clock that begins at `started` and goes on by `seconds(annotator, document, a, b)`. All that
     is assigned at one time is written in one transaction: a judge that is a program can be asked again after a kill.
+    With `rest`, a halt sends everybody home for as long: the work goes on, and `position`, by which a judge tires,
+    counts from 0 again. Without, a halt ends it.
     """
     before = store.frame()
     position = Counter(before["annotator"])
@@ -123,7 +132,13 @@ def drive(store: Store, judge: Judge, *, seconds: Callable[[str, str, str, str],
         name: started + timedelta(seconds=taken) for name, taken in before.groupby("annotator")["seconds"].sum().items()
     }
     while True:
-        state = store.advance(at=max(clocks.values(), default=started))
+        now = max(clocks.values(), default=started)
+        state = store.advance(at=now)
+        if state == "halted" and rest:
+            clocks = dict.fromkeys(clocks, now + rest)
+            position.clear()
+            store.resume(note=f"everybody rested for {rest.total_seconds() / 3600:g} hours", at=now + rest)
+            continue
         tasks = store.tasks()
         if not tasks:
             return state

@@ -7,10 +7,11 @@ import sqlite3
 import subprocess
 import sys
 from collections import Counter
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -149,6 +150,22 @@ def test_work_halts_where_agreement_falls_and_goes_on_after_a_note(tmp_path):
     assert drive(book, falling) == "halted"
     assert annotation.proceed(book, resume_note="the brief was unclear on places", at=START) == "halted"  # said before
     assert len(annotation.preferences(book)) == 30 * (done + 1)
+
+
+def test_a_program_that_tires_rests_at_a_halt_and_ends_the_work(tmp_path):
+    book = make(tmp_path / "s.sqlite", pairs=200, batch_pairs=30, trial_pairs=0)
+    seconds, rest = (lambda *_: 10.0), timedelta(hours=16)
+    assert annotation.drive(book, falling, seconds=seconds, started=START, rest=rest) == "done"
+    assert len(annotation.preferences(book)) == 200
+    events = book.table("events")
+    halts, resumed = (events[events["kind"] == kind] for kind in ("halt", "resume"))
+    assert len(halts) == len(resumed) >= 1
+    waited = pd.to_datetime(resumed["at"]).to_numpy() - pd.to_datetime(halts["at"]).to_numpy()
+    assert (waited == rest).all()
+    halted = int(halts["detail"].iloc[0].removeprefix("batch ").split(":")[0])
+    labels = book.frame(kind="label")
+    alike = labels.groupby(["batch", "pair_id"])["preference"].nunique() == 1
+    assert alike[halted].mean() < 1 and alike[halted + 1].all()  # rested, they agree again
 
 
 def test_steady_agreement_does_not_halt(tmp_path):
