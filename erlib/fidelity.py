@@ -200,6 +200,21 @@ def fit_temperature(table: pd.DataFrame) -> float:
     return float(math.exp(found.x))
 
 
+def cross_fitted(table: pd.DataFrame, others: pd.DataFrame, *, folds: int = 5, seed: int = 0) -> pd.DataFrame:
+    """The pairs of `table` with each margin divided by a temperature that was fitted without its document.
+
+    A fold of documents gets the temperature of the other folds and of `others`: no confidence has seen its own label,
+    and the temperature rests on most of the documents held out. Of 60 alone, one came out at twice what it should be.
+    """
+    documents = np.random.default_rng(seed).permutation(sorted(table["document_id"].unique()))
+    parts = []
+    for fold in np.array_split(documents, min(folds, len(documents))):
+        inside = table["document_id"].isin(fold)
+        temperature = fit_temperature(pd.concat([others, table[~inside]]))
+        parts.append(table[inside].assign(margin=table["margin"] / temperature))
+    return pd.concat(parts).loc[table.index]
+
+
 # -- against the annotators -----------------------------------------------------------------------------------------
 
 

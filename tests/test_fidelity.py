@@ -162,6 +162,21 @@ def test_a_temperature_mends_overconfidence_and_changes_no_order():
     assert fidelity.accuracy(fresh).value == fidelity.accuracy(sampled(6000, seed=2)).value
 
 
+def test_a_cross_fitted_temperature_has_not_seen_the_document_that_it_is_used_on():
+    stretched, others = sampled(3000, stretch=5, seed=2), sampled(300, stretch=5, seed=1)
+    found = fidelity.cross_fitted(stretched, others, folds=3)
+    assert fidelity.calibration_error(stretched) > 0.15
+    assert fidelity.calibration_error(found) < 0.025
+    assert list(found["pair_id"]) == list(stretched["pair_id"])
+    ratios = stretched["margin"] / found["margin"]
+    assert ratios.round(9).nunique() == 3
+    # Of one document, the label is turned: its own fold's temperature does not move, the others' do.
+    turned = stretched.assign(label=stretched["label"].where(stretched.index != 0, -stretched["label"]))
+    again = turned["margin"] / fidelity.cross_fitted(turned, others, folds=3)["margin"]
+    same = (ratios - again).abs() < 1e-12
+    assert same[0] and 900 < same.sum() < 1100 and (again[same].round(9) == round(ratios[0], 9)).all()
+
+
 def test_a_temperature_needs_a_preference_to_be_fitted_on():
     ties = table([preference(f"d{i}", "0-1", label="tie") for i in range(3)], [1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="none of 3 pairs has a preference"):
