@@ -8,6 +8,7 @@ import importlib.util
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -55,26 +56,34 @@ class Extraction(NamedTuple):
 
 # -- the interface ------------------------------------------------------------------------------------------------
 
-# What each engine imports, and how to get it.
+# What each engine imports, and what it needs.
 ENGINES = {
     "transformers": ("transformers", ""),
     "nf4": ("bitsandbytes", "pip install bitsandbytes"),
     "openvino": ("openvino_genai", "pip install -c constraints.txt -e '.[serve]'"),
-    "openvino-bf16": ("openvino_genai", "pip install -c constraints.txt -e '.[serve]'"),
+    "openvino-bf16": ("openvino_genai", "pip install -c constraints.txt -e '.[serve]', and a CPU that knows bfloat16"),
     "vllm": ("vllm", "pip install vllm, in an environment of its own on a machine with a GPU"),
 }
 
 
-def installed() -> list[str]:
-    """Names of the engines whose packages are installed."""
-    return [name for name, (package, _) in ENGINES.items() if importlib.util.find_spec(package)]
+def usable() -> list[str]:
+    """Names of the engines whose packages are installed and that this machine can run."""
+    found = [name for name, (package, _) in ENGINES.items() if importlib.util.find_spec(package)]
+    return [name for name in found if name != "openvino-bf16" or _knows_bfloat16()]
+
+
+@cache
+def _knows_bfloat16() -> bool:
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def fastest(folder: Path) -> str:
     """The engine to take where none is named: vLLM on a GPU, OpenVINO where it can read the folder, transformers."""
     if torch.cuda.is_available():
-        return "vllm" if "vllm" in installed() else "transformers"
-    return "openvino" if "openvino" in installed() and (folder / OPENVINO).is_dir() else "transformers"
+        return "vllm" if "vllm" in usable() else "transformers"
+    return "openvino" if "openvino" in usable() and (folder / OPENVINO).is_dir() else "transformers"
 
 
 def open_engine(folder: Path, *, engine: str, batch_size: int = 64, threads: int | None = None) -> Engine:
@@ -84,8 +93,8 @@ def open_engine(folder: Path, *, engine: str, batch_size: int = 64, threads: int
     """
     if engine not in ENGINES:
         raise ValueError(f"no engine {engine!r}: known are {', '.join(ENGINES)}")
-    if engine not in installed():
-        raise ModuleNotFoundError(f"the engine {engine} is not installed: {ENGINES[engine][1]}")
+    if engine not in usable():
+        raise ModuleNotFoundError(f"the engine {engine} cannot be used here, it needs: {ENGINES[engine][1]}")
     settings = read_settings(folder)
     if threads:
         torch.set_num_threads(threads)
