@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 EMBEDDED = Path(__file__).parent / "assets" / "base_model"
 BLANK_LINE = "\n\n"
 ROOM = 256  # tokens that a cache can grow by before it is copied
-ALONE = 16  # prompts that are not worth a second process
+ALONE = 64  # prompts that are not worth a second process: a fork copies what both of them touch
 Prompt = str | list[int]
 
 
