@@ -5,18 +5,20 @@ ENGINE FILE`) it is the fresh process whose memory `footprint` reports.
 """
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from . import bulk, corpus, serving
+from . import bulk, corpus, models, serving
 from .manifest import ROOT
 from .metrics import Interval
 from .peer import peak_rss
@@ -70,6 +72,25 @@ def processes(
 def _pid(_: int) -> int:
     time.sleep(0.05)
     return os.getpid()
+
+
+@contextmanager
+def naive_process(folder: Path, **settings: int) -> Iterator[Callable[[Sequence[list[int]]], list[list[int]]]]:
+    """`naive` with the model of a folder in a process of its own, as the engines of `processes` have theirs."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_load, initargs=(folder,)) as pool:
+        yield lambda prompts: pool.submit(_naive, prompts, settings).result()
+
+
+_loaded: list[Any] = []  # of a process: model and tokenizer
+
+
+def _load(folder: Path) -> None:
+    _loaded[:] = models.load(folder)
+
+
+def _naive(prompts: Sequence[list[int]], settings: dict[str, int]) -> list[list[int]]:
+    return naive(*_loaded, prompts, **settings)
 
 
 def naive(

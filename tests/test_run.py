@@ -400,7 +400,8 @@ def test_the_manifest_has_what_a_reviewer_asks_for_and_the_reports_make_no_reque
         "phase", "status", "params", "verdict", "metrics", "inputs", "outputs", "seconds", "peak_rss_mb", "versions",
         "seed", "commit", "device",
     }  # fmt: skip
-    assert found["verdict"][0] == {"check": "f1", "value": 0.5, "low": 0.4, "high": 0.6, "target": ">= 0.4", "ok": True}
+    interval = {"value": 0.5, "low": 0.4, "high": 0.6}
+    assert found["verdict"][0] == {"check": "f1", **interval, "target": ">= 0.4", "ok": True, "gate": True}
     assert found["metrics"] == {"f1": 0.5, "odd": None}
     assert (found["seed"], found["simulated"]) == (7, True)
     assert found["versions"]["papermill"]
