@@ -188,11 +188,16 @@ def answer(prompts: list[list[int]]) -> list[list[int]]:
 _opened: list[Any] = []  # of a worker: engine and brief
 
 
-def _open(model: Path, engine: str, batch_size: int, threads: int, brief: Brief | None) -> None:
-    """Open the model in a worker, which ends with its parent, however that ended, and leaves Ctrl-C to it."""
+def follow_parent() -> None:
+    """In a worker: end with its parent, however that ended, and leave Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _open(model: Path, engine: str, batch_size: int, threads: int, brief: Brief | None) -> None:
+    """Open the model in a worker."""
+    follow_parent()
     from . import serving
 
     _opened[:] = [serving.open_engine(model, engine=engine, batch_size=batch_size, threads=threads), brief]

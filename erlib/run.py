@@ -124,7 +124,7 @@ def environment(*, allow_download: bool = False) -> dict[str, str]:
         "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's python3 kernel, not the user's
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
         "TQDM_DISABLE": "1",  # a report keeps every state of a bar
-        # glibc gives large tensors back to the system at once and clears their pages anew: a seventh of the training.
+        # glibc gives large tensors back to the system at once and clears their pages anew: 8 % of PPO.
         "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
     }

@@ -86,6 +86,7 @@ _loaded: list[Any] = []  # of a process: model and tokenizer
 
 
 def _load(folder: Path) -> None:
+    bulk.follow_parent()
     _loaded[:] = models.load(folder)
 
 
