@@ -60,6 +60,11 @@ def test_every_batch_size_gives_the_answers_of_generate(folder, prompts, expecte
         assert 0 < each.first_seconds <= each.seconds
 
 
+def test_the_naive_loop_gives_the_same_answers_in_a_process_of_its_own(folder, prompts, expected):
+    with speed.naive_process(folder, batch_size=1, max_new_tokens=40) as ask:
+        assert ask(prompts) == expected
+
+
 def test_openvino_gives_the_answers_of_generate(folder, prompts, expected):
     pytest.importorskip("openvino_genai")
     assert speed.answers(serving.open_engine(folder, engine="openvino", batch_size=4), prompts) == expected
