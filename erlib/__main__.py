@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from erlib import runner
-from erlib.manifest import ROOT, RunError
+from erlib.chain import runner
+from erlib.chain.manifest import ROOT, RunError
 
 if TYPE_CHECKING:
-    from erlib import bulk
+    from erlib.serving import bulk
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -81,13 +81,14 @@ def extract(
 
     Exit status: 0 all done, 2 a mistake in files or options, 130 interrupted.
     """
-    from erlib import bulk, corpus
+    from erlib.documents import files
+    from erlib.serving import bulk
 
     try:
         if not engine:
-            from erlib import serving
+            from erlib.serving import engines
 
-            engine = serving.fastest(model)
+            engine = engines.fastest(model)
         with _bar(bulk.count_rows(documents)) as progress:
             bulk.extract(
                 documents,
@@ -95,7 +96,7 @@ def extract(
                 model=model,
                 engine=engine,
                 rejects=rejects or reports.with_name("rejects.jsonl"),
-                brief=corpus.read_brief(brief) if brief else None,
+                brief=files.read_brief(brief) if brief else None,
                 workers=workers,
                 batch_size=batch_size,
                 block=block,
@@ -148,7 +149,7 @@ def serve(
     The server is transformers' own. A request names the model's folder as `model` and sends `prompt`, the document in
     the prompt of erlib.json, with `temperature` 0 and `max_tokens`.
     """
-    from erlib import export
+    from erlib.serving import export
 
     try:
         settings = export.read_settings(model)

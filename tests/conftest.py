@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from erlib.run import environment
+from erlib.chain.run import environment
 
 os.environ.update(environment())  # before any test imports a hub library
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run kernels beside pytest on the same cores
@@ -35,7 +35,7 @@ def chain(tmp_path: Path) -> Path:
     """A folder with a tiny three-phase project: notebooks/ (make → double → total), params.yml and no runs yet."""
     notebooks = tmp_path / "notebooks"
     notebooks.mkdir()
-    start = "import time\nfrom pathlib import Path\nfrom erlib import run\nphase = run.start('{name}', globals())"
+    start = "import time\nfrom pathlib import Path\nfrom erlib.chain import run\nphase = run.start('{name}', globals())"
     write_notebook(
         notebooks / "01_make.ipynb",
         'out = "runs/manual/01_make"  # written\ncount = 40  # numbers\nscale = 1.5  # factor\nseed = 0  # first',

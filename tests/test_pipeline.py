@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from erlib import annotation, export, models, sampling
+from erlib.judgements import annotation, sampling
+from erlib.lm import models
+from erlib.lm.checkpoints import fingerprint, require_merged
+from erlib.serving import export
 
 ROOT = Path(__file__).parent.parent
 ROUNDS = ("round-1", "round-2")
@@ -128,7 +131,7 @@ def starts(smoke):
 
 @pytest.mark.parametrize("place", ROUNDS)
 def test_every_record_of_a_round_is_of_the_checkpoint_that_the_round_starts_from(smoke, place):
-    checkpoint = models.require_merged(starts(smoke)[place])
+    checkpoint = require_merged(starts(smoke)[place])
     samples = sampling.read_samples(smoke / place / "04_sampling/samples.jsonl", checkpoint=checkpoint)
     pairs = sampling.read_pairs(smoke / place / "04_sampling/pairs.jsonl", checkpoint=checkpoint)
     labels = annotation.read_preferences(smoke / place / "05_annotation/preferences.jsonl", checkpoint=checkpoint)
@@ -149,7 +152,7 @@ def test_every_record_of_a_round_is_of_the_checkpoint_that_the_round_starts_from
 
 
 def test_a_round_refuses_the_records_of_another(smoke):
-    later = models.require_merged(starts(smoke)["round-2"])
+    later = require_merged(starts(smoke)["round-2"])
     for read, path in {
         sampling.read_samples: "04_sampling/samples.jsonl",
         sampling.read_pairs: "04_sampling/pairs.jsonl",
@@ -178,7 +181,7 @@ def test_the_guard_has_its_reference_and_the_policy_in_four_bits_loads(smoke):
     model, _ = models.load(smoke / "10_blind_test/policy_nf4")
     assert model.is_loaded_in_4bit
     packed = json.loads((smoke / "10_blind_test/policy_nf4/quantisation.json").read_text())
-    assert packed["checkpoint"] == models.require_merged(smoke / "round-2/07_ppo/merged")
+    assert packed["checkpoint"] == require_merged(smoke / "round-2/07_ppo/merged")
 
 
 # -- inference ----------------------------------------------------------------------------------------------------
@@ -187,7 +190,7 @@ def test_the_guard_has_its_reference_and_the_policy_in_four_bits_loads(smoke):
 def test_the_exported_model_is_the_last_policy_and_every_32_bit_engine_gives_its_answers(smoke):
     folder = smoke / "model"
     settings = export.read_settings(folder)
-    assert settings.weights == models.require_merged(smoke / "round-2/07_ppo/merged") == models.fingerprint(folder)
+    assert settings.weights == require_merged(smoke / "round-2/07_ppo/merged") == fingerprint(folder)
     assert folder.resolve() == (smoke / "11_inference/model").resolve()
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "**Simulated**" in card and "| 10_blind_test | share won |" in card

@@ -1,0 +1,229 @@
+"""What a phase's result depends on, and whether it is intact: notebooks' parameters, hashes, manifests.
+
+A phase may be skipped when its key (the hash of `dependencies`) stands in the manifest of its folder and every output
+still has the hash that is written there.
+"""
+
+import ast
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PACKAGE = Path(__file__).resolve().parent.parent
+ROOT = PACKAGE.parent
+MANIFEST = "manifest.json"
+ROUND = ("04", "05", "06", "07")  # the phases of one RLHF round, by number; each round has a folder of its own
+
+
+class RunError(Exception):
+    """A mistake that the user can mend; the message says where and how."""
+
+
+# -- files and hashes ---------------------------------------------------------------------------------------------
+
+
+def sha256(path: Path) -> str:
+    """Hash one file's bytes (hex)."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_folder(folder: Path) -> dict[str, str]:
+    """Hash every file below `folder` except its manifest: relative path → sha256."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files if path != folder / MANIFEST}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file or, when killed, leave the old one as it was."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write `manifest.json` into a phase's folder."""
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any] | None:
+    """Read a phase's manifest; None where there is no readable one, which means that the phase is not complete."""
+    try:
+        return json.loads((ROOT / folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def damaged(folder: Path, manifest: Mapping[str, Any]) -> str | None:
+    """Name the first output that is missing or differs from its hash in the manifest; None when all are intact."""
+    for name, digest in manifest["outputs"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"output {name} is missing"
+        if sha256(path) != digest:
+            return f"output {name} was changed"
+    return None
+
+
+def shown(path: Path) -> str:
+    """Write a path relative to the repository root where it lies below it."""
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+
+
+# -- notebooks and parameters -------------------------------------------------------------------------------------
+
+
+def _cells(notebook: Path) -> list[dict[str, Any]]:
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return [{**cell, "source": "".join(cell["source"])} for cell in cells]
+
+
+def parameters(notebook: Path) -> dict[str, Any]:
+    """Read the literals of the cell tagged `parameters`: name → default."""
+    source = [cell["source"] for cell in _cells(notebook) if "parameters" in cell["metadata"].get("tags", [])]
+    if len(source) != 1:
+        raise RunError(f"{notebook}: expected one cell tagged `parameters`, found {len(source)}")
+    values: dict[str, Any] = {}
+    for statement in ast.parse(source[0]).body:
+        try:
+            (target,) = statement.targets
+            values[target.id] = ast.literal_eval(statement.value)
+        except (AttributeError, ValueError):
+            line = ast.unparse(statement)
+            raise RunError(f"{notebook}: the parameters cell may hold only `name = literal`, not: {line}") from None
+    return values
+
+
+def closest(name: str, known: Sequence[str]) -> str:
+    """Word a did-you-mean for an unknown name, or list the known ones."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean `{near[0]}`?" if near else f"known: {', '.join(sorted(known))}"
+
+
+def checked(value: Any, default: Any) -> Any:
+    """Give `value` in the type of its `default` (whole numbers become floats); TypeError says what is wrong."""
+    wanted = type(default)
+    if default is None or (type(value) is wanted and wanted is not list):
+        return value
+    if wanted is float and type(value) is int:
+        return float(value)
+    if wanted is list and isinstance(value, list):
+        return [checked(item, default[0]) for item in value] if default else value
+    got = f"{type(value).__name__} {value!r}{_hint(value, wanted)}"
+    raise TypeError(f"expected {wanted.__name__} like {default!r}, got {got}")
+
+
+def _hint(value: Any, wanted: type) -> str:
+    """YAML 1.1 reads `1e-5` as text, because it has no decimal point: say how to write the number."""
+    if wanted not in (int, float) or not isinstance(value, str):
+        return ""
+    try:
+        return f"; YAML reads that as text, write {yaml.safe_dump(wanted(float(value))).split()[0]}"
+    except (ValueError, OverflowError):
+        return ""
+
+
+# -- what a phase depends on --------------------------------------------------------------------------------------
+
+
+def _imports(tree: ast.AST, package: str) -> set[str]:
+    """Dotted names below `package` that a piece of source imports, anywhere in it; the last part may be a function."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.startswith(f"{package}.")}
+
+
+def _module(name: str, package: Path) -> Path | None:
+    """The file of a dotted name below the package's parent, or of what holds it; None for a folder's docstring."""
+    path = package.parent.joinpath(*name.split("."))
+    for candidate in (path, path.parent):
+        if candidate.with_suffix(".py").is_file():
+            return candidate.with_suffix(".py")
+    return None
+
+
+def reachable(source: str, package: Path = PACKAGE) -> list[Path]:
+    """List the files of a package that `source` can reach through imports, lazy ones included."""
+    found: set[Path] = set()
+    waiting = _imports(ast.parse(source), package.name)
+    while waiting:
+        path = _module(waiting.pop(), package)
+        if path and path not in found:
+            found.add(path)
+            waiting |= _imports(ast.parse(path.read_text(encoding="utf-8")), package.name)
+    return sorted(found)
+
+
+def _source(notebook: Path) -> dict[str, str]:
+    """Hashes of the erlib modules and embedded data that a notebook can reach."""
+    code = "\n".join(cell["source"] for cell in _cells(notebook) if cell["cell_type"] == "code")
+    plain = "\n".join(line for line in code.splitlines() if not line.lstrip().startswith(("%", "!")))
+    try:
+        modules = reachable(plain)
+    except SyntaxError as error:
+        raise RunError(f"{notebook}: a code cell or a module does not parse: {error}") from None
+    assets = [PACKAGE / "world" / "world.yml", *sorted((PACKAGE / "world" / "base_model").iterdir())]
+    return {path.relative_to(PACKAGE).as_posix(): sha256(path) for path in [*modules, *assets]}
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of Python and of every package that `constraints.txt` pins."""
+    names = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # a pin for another platform
+    return found
+
+
+def folders(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """List the earlier phases' folders that parameters name (`*_dir`, or a list in `*_dirs`): (parameter, folder)."""
+    named = [(key, value) for key, value in values.items() if key.endswith(("_dir", "_dirs"))]
+    return [(key, path) for key, value in named for path in (value if isinstance(value, list) else [value]) if path]
+
+
+def _inputs(values: Mapping[str, Any]) -> dict[str, str]:
+    """Hash what the parameters point at: earlier phases' outputs (`folders`) and existing files or folders."""
+    found: dict[str, str] = {}
+    for _, folder in folders(values):
+        outputs = (read_manifest(folder) or {}).get("outputs", {})
+        found |= {f"{shown(ROOT / folder)}/{file}": digest for file, digest in outputs.items()}
+    for name, value in values.items():
+        if name == "out" or name.endswith(("_dir", "_dirs")):
+            continue
+        for text in value if isinstance(value, list) else [value]:
+            if not isinstance(text, str) or not text:
+                continue
+            path = ROOT / text
+            if path.is_file():
+                found[shown(path)] = sha256(path)
+            elif "/" in text and path.is_dir():
+                found |= {f"{shown(path)}/{file}": digest for file, digest in hash_folder(path).items()}
+    return found
+
+
+def dependencies(notebook: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Collect all that a phase's result may depend on; its hash, `key`, decides whether the phase can be skipped."""
+    cells = [[cell["cell_type"], cell["source"]] for cell in _cells(notebook)]
+    found = {
+        "params": {name: value for name, value in values.items() if name != "out"},
+        "inputs": _inputs(values),
+        "notebook": hashlib.sha256(json.dumps(cells).encode()).hexdigest(),
+        "source": _source(notebook),
+        "versions": versions(),
+    }
+    return {"key": hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest(), **found}

@@ -1,0 +1,389 @@
+"""Local language models: load, encode, generate, log-probabilities.
+
+`generate` is its own decoding loop instead of `model.generate`, because
+
+1. a model's generation_config can bring back top-k, top-p or penalties silently; here there is nothing to bring back,
+2. the beginning that all prompts of a batch share (instructions, exemplars) is computed once,
+3. finished rows leave the batch, and
+4. a sample depends on the seed and the position of its prompt, not on its neighbours in the batch.
+"""
+
+import itertools
+import math
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from erlib.lm import parallel
+from erlib.task.forms import flatten
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.cache_utils import DynamicLayer
+
+EMBEDDED = Path(__file__).parents[1] / "world" / "base_model"
+BLANK_LINE = "\n\n"
+ROOM = 256  # tokens that a cache can grow by before it is copied
+ALONE = 64  # prompts that are not worth a second process: a fork copies what both of them touch
+Prompt = str | list[int]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+# -- load ---------------------------------------------------------------------------------------------------------
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+    allow_download: bool = False,
+    quantisation: Literal["nf4"] | None = None,
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load a causal LM in evaluation mode and its tokenizer: `embedded`, a local folder, or a hub name.
+
+    The tokenizer pads on the left, reads the text of special tokens as text, and has a padding token that is not the
+    end token. `quantisation="nf4"` packs the linear layers into 4 bits while loading; they compute in `dtype`. A folder
+    that `quantise` wrote needs no such word: it comes back as it was written. Raises FileNotFoundError for a hub name
+    that is not in the local cache, unless `allow_download`.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = str(EMBEDDED if name_or_path == "embedded" else name_or_path)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    packed = {"quantization_config": nf4(dtype), "device_map": {"": device}} if quantisation == "nf4" else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not allow_download, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(
+            name, local_files_only=not allow_download, dtype=getattr(torch, dtype), use_safetensors=True, **packed
+        )
+    except OSError as error:
+        mend = "set allow_download to fetch it from the hub, or name a folder with config.json and model.safetensors"
+        raise FileNotFoundError(f"model {name!r} cannot be loaded: {mend} ({error})") from error
+    tokenizer.split_special_tokens = True
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token
+    return model.to(device).eval(), tokenizer
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode before it comes back, also after an error."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+# -- prompts to token ids -----------------------------------------------------------------------------------------
+
+
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
+    """Token ids of a prompt, with the start token where the tokenizer adds one; ids pass through."""
+    if not isinstance(prompt, str):
+        return list(prompt)
+    return tokenizer(prompt, split_special_tokens=True)["input_ids"]
+
+
+def encode_completion(tokenizer: "PreTrainedTokenizerBase", completion: Prompt) -> list[int]:
+    """Token ids of a completion and the end token; ids pass through."""
+    if not isinstance(completion, str):
+        return list(completion)
+    ids = tokenizer(completion, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [*ids, tokenizer.eos_token_id]
+
+
+def encode_messages(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, str]]) -> list[int]:
+    """Token ids of chat messages: by the tokenizer's chat template, or by `prompts.flatten` where there is none.
+
+    The template's own text may become special tokens, the contents never do.
+    """
+    if not tokenizer.chat_template:
+        return encode_prompt(tokenizer, flatten(messages))
+    marks = [f"\x00{index}\x00" for index in range(len(messages))]
+    marked = [message | {"content": mark} for message, mark in zip(messages, marks, strict=True)]
+    rest = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
+    ids: list[int] = []
+    for message, mark in zip(messages, marks, strict=True):
+        before, rest = rest.split(mark, 1)
+        ids += tokenizer(before, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+        ids += tokenizer(message["content"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return ids + tokenizer(rest, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+
+
+# -- generate -----------------------------------------------------------------------------------------------------
+
+
+class Completion(NamedTuple):
+    """What a model wrote: `text` without the stop, `ids` with it; `finished` is False when it ran out of tokens.
+
+    `logprobs` are those of the ids under the model at temperature 1, whatever temperature they were drawn at.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    n_prompt_tokens: int
+    finished: bool
+    logprobs: tuple[float, ...]
+
+    @property
+    def n_new_tokens(self) -> int:
+        return len(self.ids)
+
+
+def generate(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop: Sequence[str] = (BLANK_LINE,),
+) -> list[Completion]:
+    """Complete every prompt, greedily or by sampling softmax(logits / temperature), until the end token or a stop.
+
+    Results keep the order of the prompts. Raises ValueError when a prompt and `max_new_tokens` exceed the context.
+    """
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    limit = getattr(model.config, "max_position_embeddings", None)
+    for index, ids in enumerate(encoded):
+        if limit and len(ids) + max_new_tokens > limit:
+            raise ValueError(
+                f"prompt {index} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} it exceeds the model's "
+                f"context of {limit}: shorten the document or the prompt"
+            )
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+    size = min(batch_size, max(ALONE, math.ceil(len(order) / parallel.cores(model.device))))  # a batch for each core
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+
+    def complete(rows: list[int]) -> list[Completion]:
+        uniform = None
+        if temperature > 0:
+            draws = [np.random.default_rng([seed, index]).random(max_new_tokens) for index in rows]
+            uniform = torch.tensor(np.array(draws), device=model.device)
+        new = _decode(
+            model,
+            tokenizer,
+            [encoded[index] for index in rows],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            uniform=uniform,
+            stop=stop,
+        )
+        return [
+            Completion(_text(tokenizer, ids, stop), tuple(ids), len(encoded[index]), finished, tuple(logprobs))
+            for index, (ids, finished, logprobs) in zip(rows, new, strict=True)
+        ]
+
+    batches.reverse()  # the longest first
+    with evaluating(model):
+        found = parallel.each(complete, batches, device=model.device)
+    completions = {i: one for rows, ones in zip(batches, found, strict=True) for i, one in zip(rows, ones, strict=True)}
+    return [completions[index] for index in range(len(prompts))]
+
+
+def _decode(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    batch: list[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    uniform: torch.Tensor | None,
+    stop: Sequence[str],
+) -> list[tuple[list[int], bool, list[float]]]:
+    """Complete one batch: new ids of each row, whether it finished, log-probabilities; `uniform` (B, steps) samples."""
+    different = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, batch)))}
+    logits, cache, mask = prefill(model, tokenizer, [list(prompt) for prompt in different])
+    if len(different) < len(batch):  # the samples of one prompt share its encoding
+        places = torch.tensor([different[tuple(prompt)] for prompt in batch], device=logits.device)
+        logits, mask = logits[places], mask[places]
+        cache.batch_select_indices(places)
+    new: list[list[int]] = [[] for _ in batch]
+    logprobs: list[list[float]] = [[] for _ in batch]
+    finished = [False] * len(batch)
+    stopped = _stopper(tokenizer, stop)
+    rows = list(range(len(batch)))  # the row of the batch that each line of the cache belongs to
+    for step in range(max_new_tokens):
+        chosen = _choose(logits, temperature, None if uniform is None else uniform[rows, step])
+        likely = torch.log_softmax(logits.float(), dim=-1).gather(1, chosen[:, None]).squeeze(1)
+        for row, token, logprob in zip(rows, chosen.tolist(), likely.tolist(), strict=True):
+            if not finished[row]:
+                new[row].append(token)
+                logprobs[row].append(logprob)
+                finished[row] = token == tokenizer.eos_token_id or stopped(new[row])
+        going = [line for line, row in enumerate(rows) if not finished[row]]
+        if not going or step == max_new_tokens - 1:
+            break
+        if len(going) <= 0.75 * len(rows):  # dropping rows copies the cache: not worth it for a few
+            keep = torch.tensor(going, device=chosen.device)
+            rows, chosen, mask = [rows[line] for line in going], chosen[keep], mask[keep]
+            cache.batch_select_indices(keep)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        position = mask.sum(dim=1, keepdim=True) - 1
+        logits = model(
+            input_ids=chosen[:, None], attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
+        ).logits[:, -1]
+    return list(zip(new, finished, logprobs, strict=True))
+
+
+def prefill(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch: list[list[int]]
+) -> "tuple[torch.Tensor, DynamicCache, torch.Tensor]":
+    """Read the prompts, their common beginning once: next-token logits (B, V), cache, attention mask (B, T)."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_growing(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    shared = min(len(os.path.commonprefix(batch)), min(map(len, batch)) - 1)
+    if shared:
+        prefix = torch.tensor([batch[0][:shared]], device=model.device)
+        model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(batch))
+    width = max(map(len, batch)) - shared
+    padding = [width - len(ids) + shared for ids in batch]
+    ids = [[tokenizer.pad_token_id] * n + ids[shared:] for n, ids in zip(padding, batch, strict=True)]
+    mask = [[1] * shared + [0] * n + [1] * (width - n) for n in padding]
+    ids, mask = torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, shared:]
+    output = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1], cache, mask
+
+
+def _growing(layer: "DynamicLayer") -> "DynamicLayer":
+    """Let a cache layer grow in place: by itself it copies all keys and values of all rows at every token."""
+    buffers: list[torch.Tensor | None] = [None, None]
+
+    def append(which: int, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        length = held.shape[-2] if held.numel() else 0
+        buffer, total = buffers[which], length + new.shape[-2]
+        # Selecting or repeating rows replaces the tensors, and the buffer with them.
+        if buffer is None or held.data_ptr() != buffer.data_ptr() or total > buffer.shape[-2]:
+            buffer = new.new_empty((*new.shape[:2], total + ROOM, new.shape[-1]))
+            buffer[..., :length, :] = held if length else buffer[..., :0, :]
+            buffers[which] = buffer
+        buffer[..., length:total, :] = new
+        return buffer[..., :total, :]
+
+    def update(keys: torch.Tensor, values: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
+        if not layer.is_initialized:
+            layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = append(0, layer.keys, keys), append(1, layer.values, values)
+        return layer.keys, layer.values
+
+    layer.update = update
+    return layer
+
+
+def _choose(logits: torch.Tensor, temperature: float, uniform: torch.Tensor | None) -> torch.Tensor:
+    """Next token of each row (B,): the largest logit, or the inverse of the distribution function at `uniform` (B,)."""
+    if uniform is None:
+        return logits.argmax(dim=-1)
+    distribution = torch.softmax(logits.double() / temperature, dim=-1).cumsum(dim=-1)
+    chosen = torch.searchsorted(distribution, (uniform * distribution[:, -1])[:, None], right=True).squeeze(1)
+    return chosen.clamp(max=logits.shape[-1] - 1)
+
+
+def _stopper(tokenizer: "PreTrainedTokenizerBase", stop: Sequence[str]) -> Callable[[list[int]], bool]:
+    """A test of a row's ids: did the last one complete a stop? Only rows whose last token can do so are decoded."""
+    longest = max((len(text.encode()) for text in stop), default=0)  # tokens; each is at least one byte
+
+    @cache
+    def can(token: int) -> bool:
+        text = tokenizer.decode([token])
+        return "\ufffd" in text or any(one[-1] in text for one in stop)  # the mark of a part of a character
+
+    def stopped(ids: list[int]) -> bool:
+        return bool(stop) and can(ids[-1]) and any(text in tokenizer.decode(ids[-longest:]) for text in stop)
+
+    return stopped
+
+
+def _text(tokenizer: "PreTrainedTokenizerBase", ids: list[int], stop: Sequence[str]) -> str:
+    text = tokenizer.decode(ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids)
+    return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
+
+
+# -- log-probabilities --------------------------------------------------------------------------------------------
+
+
+def completion_logprobs(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Prompt],
+    completions: Sequence[Prompt],
+    *,
+    batch_size: int = 32,
+    temperature: float = 1.0,
+) -> list[torch.Tensor]:
+    """Log-probability of each completion token under softmax(logits / temperature): one float32 tensor (n,) each.
+
+    A completion given as text gets the end token; given as ids (`Completion.ids`) it is taken as it is. The joint
+    log-probability is the sum.
+    """
+    pairs = [
+        (encode_prompt(tokenizer, prompt), encode_completion(tokenizer, completion))
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    order = sorted(range(len(pairs)), key=lambda index: -sum(map(len, pairs[index])))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def read(rows: list[int]) -> list[list[float]]:
+        width = sum(map(len, pairs[rows[0]]))
+        ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for line, index in enumerate(rows):
+            sequence = [*pairs[index][0], *pairs[index][1]]
+            ids[line, : len(sequence)] = torch.tensor(sequence)
+            mask[line, : len(sequence)] = 1
+        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+        found = []
+        for line, index in enumerate(rows):
+            begin, n = len(pairs[index][0]), len(pairs[index][1])
+            logprobs = torch.log_softmax(logits[line, begin - 1 : begin - 1 + n].float() / temperature, dim=-1)
+            target = ids[line, begin : begin + n].to(model.device)
+            found.append(logprobs.gather(1, target[:, None]).squeeze(1).tolist())
+        return found
+
+    with evaluating(model):
+        read_out = itertools.chain.from_iterable(parallel.each(read, batches, device=model.device))
+    found = dict(zip(order, map(torch.tensor, read_out), strict=True))
+    return [found[index] for index in range(len(pairs))]
+
+
+def nf4(compute_dtype: str) -> "BitsAndBytesConfig":
+    """4-bit NF4 with double quantisation (QLoRA, 2305.14314), computing in `compute_dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, compute_dtype),
+    )

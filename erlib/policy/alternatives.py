@@ -1,0 +1,470 @@
+"""The alternatives to PPO, from the same pairs and reward model: DPO and RLOO through trl, and best-of-n.
+
+Every method starts from the same merged checkpoint with a fresh LoRA adapter, and its reference is that checkpoint, the
+adapter switched off. Where this departs from trl's own path:
+
+1. DPO gets ready-made tokens. trl adds the end token as text before it tokenises, so either the text of a special token
+   in a document becomes that token, or the end token becomes text.
+2. Ties and identical pairs are left out and counted, and a run that lost a row on the way is an error.
+3. RLOO samples with `models.generate`, as PPO does. trl's own way took three times as long with the embedded LM, and
+   what a model's generation_config holds (penalties, minimum lengths) can come back through it.
+"""
+
+import gc
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from erlib.lm import models
+from erlib.lm.checkpoints import save_adapter
+from erlib.task import metrics
+from erlib.task.forms import short_prompt
+from erlib.task.schema import Document
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+    from erlib.judgements.annotation import Preference
+
+# Rewards (N,) of N prompts and completions; a completion is given as its token ids, with the end token if it has one.
+Score = Callable[[Sequence[str], Sequence[Sequence[int]]], np.ndarray]
+
+
+def normalised(score: Score, *, mean: float, std: float) -> Score:
+    """The same rewards in standard deviations from their mean on samples of the start checkpoint."""
+    if not std > 0:
+        raise ValueError(f"the reward model's std is {std}: it gives every sample the same reward, train it again")
+    return lambda prompts, completions: (score(prompts, completions) - mean) / std
+
+
+# -- training -----------------------------------------------------------------------------------------------------
+
+
+class Pairs(NamedTuple):
+    """Rows `prompt_ids`, `chosen_ids`, `rejected_ids` as trl's collator takes them, and counts of what was left out."""
+
+    rows: list[dict[str, list[int]]]
+    dropped: dict[str, int]
+
+
+class Trained(NamedTuple):
+    """A training run: its log, the adapter folder of each kept step, and what it cost.
+
+    `tokens` are those of the completions that were learnt from; `peak_mb` is the process's resident memory on a CPU and
+    what torch had allocated on a GPU, models and libraries included.
+    """
+
+    log: "pd.DataFrame"
+    adapters: dict[int, Path]
+    seconds: float
+    peak_mb: float
+    tokens: int
+
+
+def encode(preferences: "Sequence[Preference]", tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int) -> Pairs:
+    """Tokenise decided pairs for `dpo`; ties, identical pairs and pairs with a row above `max_tokens` are counted."""
+    rows, dropped = [], {"tie": 0, "identical": 0, "too long": 0}
+    for preference in preferences:
+        a, b = (models.encode_completion(tokenizer, text) for text in (preference.a, preference.b))
+        prompt = models.encode_prompt(tokenizer, preference.prompt)
+        if preference.preference == "tie":
+            dropped["tie"] += 1
+        elif a == b:
+            dropped["identical"] += 1
+        elif len(prompt) + max(len(a), len(b)) > max_tokens:
+            dropped["too long"] += 1
+        else:
+            chosen, rejected = (a, b) if preference.preference == "A" else (b, a)
+            rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+    return Pairs(rows, dropped)
+
+
+def dpo(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Sequence[dict[str, list[int]]],
+    *,
+    out: Path,
+    beta: float = 0.1,
+    epochs: int = 1,
+    batch_size: int = 16,
+    learning_rate: float = 5e-4,
+    lora_rank: int = 16,
+    points: int = 3,
+    bf16: bool = False,
+    gradient_checkpointing: bool = False,
+    seed: int = 0,
+) -> Trained:
+    """Direct preference optimisation (2305.18290) of a fresh adapter on encoded pairs; the reference is `model`.
+
+    Adapters are saved in `out/step-<n>` at `points` equal distances, the last one at the end. `model` carries the
+    adapter afterwards. The learning rate is one for LoRA: trl's default of 1e-6 is for full tuning.
+    """
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    class ReadyMade(DPOTrainer):
+        def _prepare_dataset(self, dataset: Dataset, *_: object) -> Dataset:
+            return dataset
+
+    steps = math.ceil(len(rows) / batch_size) * epochs
+    trainer = ReadyMade(
+        model=model,
+        processing_class=tokenizer,
+        args=DPOConfig(
+            beta=beta,
+            max_length=None,
+            num_train_epochs=epochs,
+            per_device_train_batch_size=batch_size,
+            train_sampling_strategy="group_by_length",  # less padding
+            remove_unused_columns=False,  # it would remove the lengths
+            **_arguments(model, out, steps, learning_rate, bf16, gradient_checkpointing, seed),
+        ),
+        train_dataset=Dataset.from_list([row | {"length": sum(map(len, row.values()))} for row in rows]),
+        peft_config=_lora(lora_rank, seed),
+    )
+    if len(trainer.train_dataset) != len(rows):
+        raise RuntimeError(f"{len(trainer.train_dataset)} of {len(rows)} pairs are left: rows were lost on the way")
+    tokens = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows) * epochs
+    return Trained(*_run(trainer, out=out, points=points, steps=steps), tokens)
+
+
+def rloo(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str],
+    score: Score,
+    *,
+    out: Path,
+    max_new_tokens: int,
+    prompts_per_step: int = 16,
+    samples: int = 4,
+    temperature: float = 1.0,
+    kl_coef: float = 0.05,
+    missing_end_penalty: float = 1.0,
+    learning_rate: float = 5e-4,
+    lora_rank: int = 16,
+    points: int = 3,
+    bf16: bool = False,
+    gradient_checkpointing: bool = False,
+    seed: int = 0,
+) -> Trained:
+    """REINFORCE leave-one-out (2402.14740) of a fresh adapter: each prompt is used once, with `samples` completions.
+
+    `score` gives the rewards; a completion without an end token loses `missing_end_penalty`, and the KL from `model` as
+    given, times `kl_coef`, is subtracted. Adapters are saved as by `dpo`. Raises ValueError unless the prompts fill
+    whole steps.
+    """
+    from datasets import Dataset
+    from trl import RLOOConfig, RLOOTrainer
+
+    if not prompts or len(prompts) % prompts_per_step:
+        raise ValueError(f"{len(prompts)} prompts are not whole steps of {prompts_per_step}: trl would drop the rest")
+    if tokenizer(list(prompts))["input_ids"] != [models.encode_prompt(tokenizer, prompt) for prompt in prompts]:
+        raise ValueError("this tokenizer reads special tokens in the prompts: take the one that models.load gives")
+    end, lengths = tokenizer.eos_token_id, []
+
+    def reward(prompts: list[str], completion_ids: list[list[int]], **_: object) -> list[float]:
+        lengths.extend(map(len, completion_ids))
+        missing = np.array([ids[-1] != end for ids in completion_ids])
+        return (score(prompts, completion_ids) - missing_end_penalty * missing).tolist()
+
+    class Ours(RLOOTrainer):
+        def _generate_single_turn(self, prompt_ids: list[list[int]], *_: object) -> list[list[int]]:
+            written = models.generate(
+                self.accelerator.unwrap_model(self.model),
+                tokenizer,
+                prompt_ids,
+                max_new_tokens=max_new_tokens,
+                batch_size=len(prompt_ids),
+                temperature=temperature,
+                seed=int(np.random.default_rng([seed, self.state.global_step]).integers(2**31)),
+                stop=(),
+            )
+            return [list(completion.ids) for completion in written]
+
+    steps = len(prompts) // prompts_per_step
+    parts = math.gcd(4, prompts_per_step)  # backward passes a step: a quarter of the memory
+    trainer = Ours(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=reward,
+        args=RLOOConfig(
+            beta=kl_coef,
+            per_device_train_batch_size=prompts_per_step // parts * samples,
+            gradient_accumulation_steps=parts,
+            num_generations=samples,
+            max_completion_length=max_new_tokens,
+            temperature=temperature,
+            max_steps=steps,
+            **_arguments(model, out, steps, learning_rate, bf16, gradient_checkpointing, seed),
+        ),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        peft_config=_lora(lora_rank, seed),
+    )
+    ran = _run(trainer, out=out, points=points, steps=steps)
+    if len(lengths) != len(prompts) * samples:
+        raise RuntimeError(f"{len(lengths)} of {len(prompts) * samples} completions were scored: prompts were lost")
+    return Trained(*ran, sum(lengths))
+
+
+def _arguments(
+    model: "PreTrainedModel",
+    out: Path,
+    steps: int,
+    learning_rate: float,
+    bf16: bool,
+    gradient_checkpointing: bool,
+    seed: int,
+) -> dict:
+    """What both trainers are told alike."""
+    return {
+        "output_dir": str(out),
+        "use_cpu": model.device.type == "cpu",
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": math.ceil(0.1 * steps),
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": bf16,
+        "gradient_checkpointing": gradient_checkpointing,
+        "seed": seed,
+    }
+
+
+def _lora(rank: int, seed: int) -> "LoraConfig":
+    from peft import LoraConfig
+
+    models.seed_everything(seed)  # LoRA's weights are drawn before the trainer seeds anything
+    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _run(
+    trainer: "Trainer", *, out: Path, points: int, steps: int
+) -> "tuple[pd.DataFrame, dict[int, Path], float, float]":
+    """Train, and give log, adapters, seconds and peak memory."""
+    import pandas as pd
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import PrinterCallback
+
+    wanted = {round(steps * point / points) for point in range(1, points + 1)} - {0}
+    adapters: dict[int, Path] = {}
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step in wanted:
+                adapters[state.global_step] = out / f"step-{state.global_step}"
+                save_adapter(trainer.model, adapters[state.global_step])
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Keep())
+    began = time.monotonic()
+    with _peak_memory(trainer.model.device) as peak:
+        trainer.train()
+    if trainer.state.global_step != steps:
+        raise RuntimeError(f"{trainer.state.global_step} of {steps} steps were taken: rows were lost on the way")
+    seconds = time.monotonic() - began
+    log = pd.DataFrame([entry for entry in trainer.state.log_history if "train_runtime" not in entry])
+    log = log.drop(columns="step_time", errors="ignore")  # it would differ from run to run
+    return log, adapters, seconds, peak[0]
+
+
+@contextmanager
+def _peak_memory(device: torch.device) -> Iterator[list[float]]:
+    """Watch memory while the block runs; the list holds the peak in MiB afterwards."""
+    import psutil
+
+    peak, done, process = [0.0], threading.Event(), psutil.Process()
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            peak[0] = max(peak[0], process.memory_info().rss / 2**20)
+
+    gc.collect()
+    peak[0] = process.memory_info().rss / 2**20
+    thread = threading.Thread(target=watch, daemon=True)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        if device.type == "cuda":
+            peak[0] = torch.cuda.max_memory_allocated(device) / 2**20
+        else:
+            thread.join()
+
+
+# -- what a policy writes -----------------------------------------------------------------------------------------
+
+
+def with_adapters(model: "PreTrainedModel", folders: Mapping[str, Path]) -> "PeftModel":
+    """Put adapters on one base under their names, the first of them switched on: `set_adapter` switches."""
+    from peft import PeftModel
+
+    (first, folder), *others = folders.items()
+    policies = PeftModel.from_pretrained(model, folder, adapter_name=first)
+    for name, folder in others:
+        policies.load_adapter(folder, adapter_name=name)
+    return policies.eval()
+
+
+def draw(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    documents: Sequence[Document],
+    score: Score,
+    *,
+    samples: int = 1,
+    temperature: float = 1.0,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> "pd.DataFrame":
+    """Reports of the active policy, `samples` a document: document, text, tokens, finished, reward and kl.
+
+    `kl` is the completion's log-probability under the policy minus that under the start, in nats, both at the
+    temperature of sampling (1 for greedy reports): its mean over samples is the KL without bias (k1; k3 misses the rare
+    tokens that carry much of a large KL). It is 0 for a model without adapters, which is the start itself.
+    """
+    import pandas as pd
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(model, PeftModel) and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("this is the inner model of a PeftModel, and its KL cannot be taken: pass the PeftModel")
+    asked = [document for document in documents for _ in range(samples)]
+    prompts = [short_prompt(document.text) for document in asked]
+    written = models.generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        temperature=temperature,
+        seed=seed,
+        stop=(),
+    )
+    ids = [list(completion.ids) for completion in written]
+    frame = pd.DataFrame(
+        {
+            "document": [document.id for document in asked],
+            "text": [completion.text for completion in written],
+            "tokens": [completion.n_new_tokens for completion in written],
+            "finished": [completion.finished for completion in written],
+            "reward": score(prompts, ids),
+            "kl": 0.0,
+        }
+    )
+    if isinstance(model, PeftModel):
+        reading = {"batch_size": batch_size, "temperature": temperature or 1.0}
+        policy = models.completion_logprobs(model, tokenizer, prompts, ids, **reading)
+        with model.disable_adapter():
+            start = models.completion_logprobs(model, tokenizer, prompts, ids, **reading)
+        frame["kl"] = [float(one.sum() - before.sum()) for one, before in zip(policy, start, strict=True)]
+    return frame
+
+
+# -- best of n ----------------------------------------------------------------------------------------------------
+
+
+def best(drawn: "pd.DataFrame", *, column: str = "reward", n: int | None = None) -> "pd.DataFrame":
+    """The row with the highest `column` among the first `n` samples of each document (all by default)."""
+    groups = drawn.groupby("document", sort=False)
+    first = drawn if n is None else groups.head(n)
+    return drawn.loc[first.groupby("document", sort=False)[column].idxmax()].reset_index(drop=True)
+
+
+def expected_best(drawn: "pd.DataFrame", value: str, *, n: int, by: str = "reward") -> np.ndarray:
+    """Mean `value` (D,) of the sample with the highest `by`, over all draws of `n` from a document's N samples.
+
+    The sample of rank r (0 is the best) wins C(N - 1 - r, n - 1) of the C(N, n) draws: all samples serve every n, as in
+    2112.09332 and 2210.10760.
+    """
+    ordered = drawn.sort_values(by, ascending=False, kind="stable").groupby("document", sort=False)[value]
+    values = ordered.apply(list).loc[list(dict.fromkeys(drawn["document"]))]
+    total = len(values.iloc[0])
+    if not 1 <= n <= total or any(len(row) != total for row in values):
+        raise ValueError(f"best of {n} needs the same number of samples of every document, and at least {n}")
+    weights = np.array([math.comb(total - 1 - rank, n - 1) / math.comb(total, n) for rank in range(total)])
+    return np.array(values.tolist(), dtype=float) @ weights
+
+
+def best_of_n_kl(n: int) -> float:
+    """Upper bound on the KL of best-of-n from the policy that draws, in nats: log n - (n - 1) / n (2401.01879)."""
+    return math.log(n) - (n - 1) / n
+
+
+# -- is it my SFT, my reward model or my PPO? ---------------------------------------------------------------------
+
+# Question, two columns whose difference answers it, what the difference must be, and what to suspect when it is not.
+_QUESTIONS = (
+    (
+        "Do samples of the start hold better reports than its greedy one?",
+        *("best-of-n by truth, utility", "start greedy, utility", "above 0"),
+        "SFT: its samples lack diversity; more or better reports, or a higher temperature",
+    ),
+    (
+        "Does the reward model find better reports among them?",
+        *("best-of-n by reward, utility", "start, utility", "above 0"),
+        "reward model: it does not see what the panel sees; more pairs, better agreement",
+    ),
+    (
+        "Does PPO raise the reward?",
+        *("PPO, reward", "start, reward", "above 0"),
+        "PPO: it does not climb; learning rate, KL coefficient, critic, steps",
+    ),
+    (
+        "Does PPO leave the true utility unharmed?",
+        *("PPO, utility", "start, utility", "not below 0"),
+        "reward model: PPO exploits it; a higher KL coefficient, or a new round of pairs from the policy",
+    ),
+    (
+        "Does PPO keep up with best-of-n?",
+        *("PPO, utility", "best-of-n by reward, utility", "not below 0"),
+        "PPO: the reward model has more to give; more steps, a lower KL coefficient",
+    ),
+    (
+        "Does PPO keep up with DPO on the same pairs?",
+        *("PPO, utility", "DPO, utility", "not below 0"),
+        "PPO: the pairs have more to give; compare its KL with DPO's",
+    ),
+    (
+        "Does PPO keep up with RLOO on the same reward model?",
+        *("PPO, utility", "RLOO, utility", "not below 0"),
+        "PPO: its critic is no help; more warm-up of the critic, or RLOO instead",
+    ),
+)
+
+
+def diagnose(measured: "pd.DataFrame", *, seed: int) -> "pd.DataFrame":
+    """Answer the questions in order from one row a document: question, value, low, high, wanted, holds, suspect.
+
+    `measured` has the columns that `_QUESTIONS` names. A value is a mean paired difference with its 95 % interval:
+    "above 0" asks for the whole interval, "not below 0" for its upper end. `holds` is None where a column is not known
+    (nan), and `suspect` is empty unless the answer is no.
+    """
+    import pandas as pd
+
+    rows = []
+    for question, one, other, wanted, suspect in _QUESTIONS:
+        known = not measured[[one, other]].isna().any(axis=None)
+        found = metrics.Interval(math.nan, math.nan, math.nan)
+        if known:
+            found = metrics.paired_bootstrap_mean(measured[one], measured[other], seed=seed)
+        holds = (found.low > 0 if wanted == "above 0" else found.high >= 0) if known else None
+        rows.append((question, *found, wanted, holds, suspect if holds is False else ""))
+    return pd.DataFrame(rows, columns=["question", "value", "low", "high", "wanted", "holds", "suspect"])

@@ -1,0 +1,163 @@
+"""Rollouts: completions of the policy, read by policy, reference, reward and value model, and turned into advantages.
+
+Every process knows all rollouts of a step and does its share of the work on them. The `samples` completions of one
+prompt are neighbours, a *group*, and stay together: they share the encoding of the prompt (`models.generate`,
+`MultiAdapter.pack`).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from erlib.lm import models
+from erlib.lm.packing import Rollout
+from erlib.policy import losses
+from erlib.policy.multiadapter import MultiAdapter, RewardModel
+from erlib.task.forms import parse_compact
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
+
+
+class Batch(NamedTuple):
+    """The rollouts of a step and all that was measured on them: (N, T) tensors on the CPU."""
+
+    rows: list[Rollout]
+    mask: torch.Tensor
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    reference: torch.Tensor
+    values: torch.Tensor
+    token_scores: torch.Tensor
+    advantages: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """Raw score (N,) of each completion."""
+        return self.token_scores.sum(dim=1)
+
+
+def collect(
+    core: MultiAdapter,
+    tokenizer: "PreTrainedTokenizerBase",
+    accelerator: "Accelerator",
+    prompts: Sequence[list[int]],
+    *,
+    rng: np.random.Generator,
+    batch_size: int,
+    max_new_tokens: int,
+    stop: Sequence[str],
+) -> list[Rollout]:
+    """Sample one completion of each prompt; each shard of `batch_size` has its own seed, whichever process takes it."""
+    from accelerate.utils import gather_object
+
+    ordered = sorted(prompts, key=len)  # stable: the samples of one prompt stay together and share its encoding
+    shards = [ordered[at : at + batch_size] for at in range(0, len(ordered), batch_size)]
+    seeds = rng.integers(2**31, size=len(shards)).tolist()
+    found = []
+    with core.scoring():
+        for number in range(accelerator.process_index, len(shards), accelerator.num_processes):
+            shard = shards[number]
+            written = models.generate(
+                core.model, tokenizer, shard, max_new_tokens=max_new_tokens, batch_size=batch_size,
+                temperature=core.temperature, seed=seeds[number], stop=stop,
+            )  # fmt: skip
+            rows = [Rollout(tuple(p), c.ids, c.text, c.finished) for p, c in zip(shard, written, strict=True)]
+            found.append((number, rows))
+    return [row for _, rows in sorted(gather_object(found)) for row in rows]
+
+
+def blocks(
+    rows: list[Rollout], groups: Iterable[int], samples: int, accelerator: "Accelerator", batch_size: int
+) -> list[list[int]]:
+    """This process's share of the groups as row numbers, `batch_size` groups of similar length together."""
+
+    def rows_of(group: int) -> range:
+        return range(group * samples, (group + 1) * samples)
+
+    def width(group: int) -> int:
+        return len(rows[group * samples].prompt) + sum(len(rows[index].ids) for index in rows_of(group))
+
+    own = sorted(groups, key=width)[accelerator.process_index :: accelerator.num_processes]
+    parts = [own[at : at + batch_size] for at in range(0, len(own), batch_size)]
+    return [[index for group in part for index in rows_of(group)] for part in parts]
+
+
+def score(
+    core: MultiAdapter, accelerator: "Accelerator", rows: list[Rollout], *, samples: int, batch_size: int
+) -> Batch:
+    """Score rollouts with policy, reference, reward and value model, in this order, before anything is trained."""
+    from accelerate.utils import gather_object
+    from torch.nn.utils.rnn import pad_sequence
+
+    own = blocks(rows, range(len(rows) // samples), samples, accelerator, batch_size)
+
+    def each(name: str | None, measure: Callable[[list[Rollout]], torch.Tensor]) -> list[torch.Tensor]:
+        core.use(name)
+        found = []
+        for part in own:
+            found += zip(part, measure([rows[index] for index in part]).cpu(), strict=True)
+        return [value for _, value in sorted(gather_object(found), key=lambda item: item[0])]
+
+    def padded(found: list[torch.Tensor]) -> torch.Tensor:
+        return pad_sequence([x[: len(row.ids)] for x, row in zip(found, rows, strict=True)], batch_first=True)
+
+    with core.scoring():
+        policy = padded(each("policy", lambda part: torch.stack(core.logprobs(part, entropy=True), dim=-1)))
+        reference = padded(each(None, lambda part: core.logprobs(part)[0]))
+        scores = padded(each("reward", core.rewards))
+        values = padded(each("value", core.values))
+    mask = padded([torch.ones(len(row.ids)) for row in rows])
+    return Batch(rows, mask, policy[..., 0], policy[..., 1], reference, values, scores)
+
+
+def with_advantages(
+    batch: Batch,
+    reward: RewardModel,
+    *,
+    kl_coef: float,
+    clip: float,
+    missing_end: float,
+    dense: bool,
+    whiten_rewards: bool,
+    gamma: float,
+    lam: float,
+) -> Batch:
+    """Reward of each token: minus its KL to the reference, and on the last one the score, normalised and clipped.
+
+    `dense` gives each token what it adds to the score, and the last one the rest: the sum is the same.
+    """
+    scores = ((batch.scores - reward.mean) / reward.std).clamp(-clip, clip)
+    scores = scores - missing_end * torch.tensor([not row.finished for row in batch.rows])
+    rewards = -kl_coef * losses.kl_estimates(batch.logprobs, batch.reference)[0] * batch.mask
+    if dense:
+        rewards += batch.token_scores / reward.std
+        scores = scores - batch.scores / reward.std
+    rewards[torch.arange(len(rewards)), batch.mask.sum(dim=1).long() - 1] += scores
+    rewards = losses.whiten(rewards, batch.mask, shift_mean=False) if whiten_rewards else rewards
+    advantages, returns = losses.gae(rewards, batch.values, batch.mask, gamma=gamma, lam=lam)
+    return batch._replace(advantages=losses.whiten(advantages, batch.mask), returns=returns)
+
+
+def measures(batch: Batch, reward: RewardModel) -> dict[str, float]:
+    """What the rollouts of a policy say of it: KL a completion, rewards against the reference, form and length."""
+    k1, k3 = losses.kl_estimates(batch.logprobs, batch.reference)
+    low, high = np.quantile(reward.evaluation, [0.01, 0.99])
+    scores = batch.scores.double().numpy()
+    return {
+        "kl": float((k1 * batch.mask).sum(dim=1).mean()),
+        "kl_k3": float((k3 * batch.mask).sum(dim=1).mean()),
+        "entropy": float((batch.entropy * batch.mask).sum() / batch.mask.sum()),
+        "reward_mean": float(scores.mean()),
+        "reward_std": float(scores.std()),
+        **{f"reward_q{q:02d}": float(np.quantile(scores, q / 100)) for q in (5, 25, 50, 75, 95)},
+        "reward_normalised": float((scores.mean() - reward.mean) / reward.std),
+        "reward_outside": float(((scores < low) | (scores > high)).mean()),
+        "eos_rate": float(np.mean([row.finished for row in batch.rows])),
+        "length": float(batch.mask.sum(dim=1).mean()),
+        "parse_rate": float(np.mean([parse_compact(row.text).valid for row in batch.rows])),
+    }

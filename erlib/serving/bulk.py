@@ -1,0 +1,227 @@
+"""Bulk extraction, file to file: any size in bounded memory, several processes, killed and resumed without loss.
+
+Output is appended block by block in the order of the input. A block's rejects are on disk before its reports, so the
+last complete line of the reports says where to go on: all up to it is done, rejects after it are made again.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from erlib.chain.manifest import write_text
+from erlib.documents import files
+from erlib.task.schema import Brief, Document
+
+Row = tuple[int, Document | None, str, str]
+
+
+class Done(NamedTuple):
+    """How far an extraction has come: row number of the input, reports and rejects written in this call."""
+
+    row: int
+    reports: int
+    rejects: int
+
+
+def extract(
+    documents: Path,
+    reports: Path,
+    *,
+    model: Path,
+    engine: str,
+    rejects: Path,
+    brief: Brief | None = None,
+    workers: int = 1,
+    batch_size: int = 32,
+    block: int = 256,
+    text_column: str = "text",
+    id_column: str = "id",
+    max_chars: int = 1_000_000,
+    progress: Callable[[Done], None] = lambda done: None,
+) -> Done:
+    """Extract from every document of a file into `reports` (JSONL), in input order; bad rows go to `rejects`.
+
+    Each of `workers` processes opens the model and reads blocks of `block` documents; they share the cores. The same
+    call after a kill goes on where it was. Raises ValueError where `reports` was begun with another input or model, and
+    RuntimeError where another process writes it.
+    """
+    try:
+        with FileLock(reports.with_name(f".{reports.name}.lock"), timeout=0):
+            _check_same(documents, reports, model=model, engine=engine)
+            last = _resume(reports, rejects)
+            columns = {"text_column": text_column, "id_column": id_column, "max_chars": max_chars}
+            rows = files.numbered_documents(documents, **columns, after=last)
+            done = Done(last, 0, 0)
+            with open(reports, "ab") as good, open(rejects, "ab") as bad:
+                for read, found in _in_order(rows, model, engine, brief, workers, batch_size, block):
+                    refused = [
+                        {"line": number, "reason": reason, "row": raw} for number, at, reason, raw in read if at is None
+                    ]
+                    _append(bad, refused)
+                    _append(good, found)
+                    done = Done(read[-1][0], done.reports + len(found), done.rejects + len(refused))
+                    progress(done)
+    except Timeout:
+        raise RuntimeError(f"another process writes {reports}: wait for it or stop it") from None
+    return done
+
+
+def count_rows(path: Path) -> int:
+    """Number of lines (of rows, for Parquet) of a file, blank ones included: what `Done.row` runs up to."""
+    if path.suffix.lower() == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.ParquetFile(path).metadata.num_rows
+    with open(path, "rb") as file:
+        return sum(piece.count(b"\n") for piece in iter(lambda: file.read(1 << 20), b""))
+
+
+# -- files --------------------------------------------------------------------------------------------------------
+
+
+def _append(file: Any, rows: list[dict[str, Any]]) -> None:
+    """Append JSON lines and see them on disk."""
+    file.write(b"".join(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for row in rows))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _check_same(documents: Path, reports: Path, *, model: Path, engine: str) -> None:
+    """Refuse to go on with another input, model or engine than the one that `reports` was begun with."""
+    from erlib.serving.export import read_settings
+
+    with open(documents, "rb") as file:
+        head = hashlib.sha256(file.readline(1 << 20)).hexdigest()
+    present = {"weights": read_settings(model).weights, "engine": engine, "first_line": head}
+    record = reports.with_name(f".{reports.name}.begun")
+    if reports.exists() and reports.stat().st_size and record.is_file():
+        begun = json.loads(record.read_text(encoding="utf-8"))
+        if changed := [name for name in present if present[name] != begun[name]]:
+            raise ValueError(f"{reports} was begun with another {changed[0]}: move it away or name another file")
+    elif reports.exists() and reports.stat().st_size:
+        raise ValueError(f"{reports} exists and was not written by this command: move it away or name another file")
+    write_text(record, json.dumps(present) + "\n")
+
+
+def _resume(reports: Path, rejects: Path) -> int:
+    """Cut both files back to what is certainly complete, and give the row number of the last report."""
+    last = 0
+    for row in _complete_lines(reports, keep=lambda row: True):
+        last = row["line"]
+    for _ in _complete_lines(rejects, keep=lambda row: row["line"] <= last):
+        pass
+    return last
+
+
+def _complete_lines(path: Path, *, keep: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file up to the first that is cut off or not to be kept, and cut the file there."""
+    if not path.exists():
+        return
+    end = 0
+    with open(path, "rb+") as file:
+        for line in file:
+            try:
+                row = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                row = None
+            if row is None or not keep(row):
+                break
+            end += len(line)
+            yield row
+        file.truncate(end)
+
+
+# -- processes ----------------------------------------------------------------------------------------------------
+
+
+def _in_order(
+    rows: Iterable[Row], model: Path, engine: str, brief: Brief | None, workers: int, batch_size: int, block: int
+) -> Iterator[tuple[list[Row], list[dict[str, Any]]]]:
+    """Blocks of rows with the reports of their documents, in order; at most two blocks a worker are in memory."""
+    pool = open_pool(model, engine=engine, workers=workers, batch_size=batch_size, brief=brief)
+    blocks, waiting = iter(lambda: list(islice(rows, block)), []), deque()  # type: ignore[var-annotated]
+    try:
+        for read in blocks:
+            future: Future = pool.submit(_work, [(number, document) for number, document, *_ in read if document])
+            waiting.append((read, future))
+            if len(waiting) == 2 * workers:
+                read, future = waiting.popleft()
+                yield read, future.result()
+        while waiting:
+            read, future = waiting.popleft()
+            yield read, future.result()
+        pool.shutdown()
+    except BaseException:  # an interruption too: what is at work is not waited for
+        for process in list(pool._processes.values()):
+            process.kill()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+def open_pool(
+    model: Path, *, engine: str, workers: int, batch_size: int, brief: Brief | None = None
+) -> ProcessPoolExecutor:
+    """Processes that open the model when they start, each with its share of the cores."""
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    given = (model, engine, batch_size, threads, brief)
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=spawn, initializer=_open, initargs=given)
+
+
+def answer(prompts: list[list[int]]) -> list[list[int]]:
+    """In a process of `open_pool`: the answers to prompts, in their order."""
+    found = {done.index: done.ids for done in _opened[0].complete(prompts)}
+    return [found[index] for index in range(len(prompts))]
+
+
+_opened: list[Any] = []  # of a worker: engine and brief
+
+
+def follow_parent() -> None:
+    """In a worker: end with its parent, however that ended, and leave Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _open(model: Path, engine: str, batch_size: int, threads: int, brief: Brief | None) -> None:
+    """Open the model in a worker."""
+    follow_parent()
+    from erlib.serving import engines
+
+    _opened[:] = [engines.open_engine(model, engine=engine, batch_size=batch_size, threads=threads), brief]
+
+
+def _work(documents: list[tuple[int, Document]]) -> list[dict[str, Any]]:
+    """Reports of a block's documents, in its order."""
+    from erlib.serving import engines
+
+    engine, brief = _opened
+    found = list(engines.extract(engine, [document for _, document in documents], brief=brief))
+    rows = []
+    for extraction in sorted(found, key=lambda extraction: extraction.index):
+        number, document = documents[extraction.index]
+        rows.append(
+            {
+                "line": number,
+                "id": document.id,
+                **extraction.parsed.report.model_dump(),
+                "defects": [defect._asdict() for defect in extraction.parsed.defects],
+                "pieces": extraction.pieces,
+                "finished": extraction.finished,
+                "prompt_tokens": extraction.prompt_tokens,
+                "new_tokens": extraction.new_tokens,
+            }
+        )
+    return rows

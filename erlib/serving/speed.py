@@ -1,0 +1,263 @@
+"""What serving costs and what it could cost: latency, throughput, memory, the naive loop, the physical floor.
+
+Ratios hold within one run: `interleaved` measures every way in turns. As a program
+(`python -m erlib.serving.speed FOLDER ENGINE FILE`) it is the fresh process whose memory `footprint` reports.
+"""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from erlib.chain.manifest import ROOT
+from erlib.chain.memory import peak_rss
+from erlib.lm import models
+from erlib.serving import bulk, engines
+from erlib.task.jsonl import read_jsonl
+from erlib.task.metrics import Interval
+from erlib.task.schema import Document
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# -- latency and throughput ---------------------------------------------------------------------------------------
+
+
+def latency(engine: engines.Engine, prompts: Sequence[list[int]]) -> "pd.DataFrame":
+    """Answer prompts one at a time, after a warm-up: columns ttft_ms (first token), token_ms (each later one)."""
+    import pandas as pd
+
+    rows = []
+    for ids in [prompts[0], *prompts]:
+        (done,) = engine.complete([ids])
+        later = (done.seconds - done.first_seconds) / (len(done.ids) - 1) if len(done.ids) > 1 else float("nan")
+        rows.append((1e3 * done.first_seconds, 1e3 * later))
+    return pd.DataFrame(rows[1:], columns=["ttft_ms", "token_ms"])
+
+
+def answers(engine: engines.Engine, prompts: Sequence[list[int]]) -> list[list[int]]:
+    """The answers of an engine in the order of the prompts."""
+    found = {done.index: done.ids for done in engine.complete(prompts)}
+    return [found[index] for index in range(len(prompts))]
+
+
+@contextmanager
+def processes(
+    folder: Path, *, engine: str, workers: int, batch_size: int
+) -> Iterator[Callable[[Sequence[list[int]]], list[list[int]]]]:
+    """A way of answering prompts in several processes that share the cores, all of them open: see `bulk.extract`."""
+    with bulk.open_pool(folder, engine=engine, workers=workers, batch_size=batch_size) as pool:
+        while len(set(pool.map(_pid, range(4 * workers)))) < workers:
+            pass  # a process starts only where no other is idle
+
+        def ask(prompts: Sequence[list[int]]) -> list[list[int]]:
+            found: list[list[int]] = [[] for _ in prompts]
+            parts = [prompts[place::workers] for place in range(workers)]
+            for place, part in enumerate(pool.map(bulk.answer, parts)):
+                found[place::workers] = part
+            return found
+
+        yield ask
+
+
+def _pid(_: int) -> int:
+    time.sleep(0.05)
+    return os.getpid()
+
+
+@contextmanager
+def naive_process(folder: Path, **settings: int) -> Iterator[Callable[[Sequence[list[int]]], list[list[int]]]]:
+    """`naive` with the model of a folder in a process of its own, as the engines of `processes` have theirs."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_load, initargs=(folder,)) as pool:
+        yield lambda prompts: pool.submit(_naive, prompts, settings).result()
+
+
+_loaded: list[Any] = []  # of a process: model and tokenizer
+
+
+def _load(folder: Path) -> None:
+    bulk.follow_parent()
+    _loaded[:] = models.load(folder)
+
+
+def _naive(prompts: Sequence[list[int]], settings: dict[str, int]) -> list[list[int]]:
+    return naive(*_loaded, prompts, **settings)
+
+
+def naive(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[list[int]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    stop: str | None = None,
+) -> list[list[int]]:
+    """Complete with plain `model.generate`, in batches in the order given: what one writes first."""
+    found = []
+    ends = {"stop_strings": [stop], "tokenizer": tokenizer} if stop else {}
+    for start in range(0, len(prompts), batch_size):
+        batch = [{"input_ids": ids} for ids in prompts[start : start + batch_size]]
+        padded = tokenizer.pad(batch, return_tensors="pt", padding_side="left").to(model.device)
+        written = model.generate(
+            **padded, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **ends
+        )
+        for ids in written[:, padded["input_ids"].shape[1] :].tolist():
+            end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
+            found.append(ids[:end])
+    return found
+
+
+class Measured(NamedTuple):
+    """Seconds of every way in every turn (columns way, turn, seconds, load) and the answers of the last turn."""
+
+    seconds: "pd.DataFrame"
+    answers: dict[str, list[list[int]]]
+
+
+def interleaved(ways: Mapping[str, Callable[[], list[list[int]]]], *, turns: int) -> Measured:
+    """Run every way in turns, every second turn backwards, so that a machine that slows down slows all of them."""
+    import pandas as pd
+
+    rows, found = [], {}
+    for turn in range(turns):
+        for name in list(ways) if turn % 2 == 0 else reversed(ways):
+            began = time.perf_counter()
+            found[name] = ways[name]()
+            rows.append((name, turn, time.perf_counter() - began, os.getloadavg()[0]))
+    return Measured(pd.DataFrame(rows, columns=["way", "turn", "seconds", "load"]), found)
+
+
+def ratio(seconds: "pd.DataFrame", way: str, against: str) -> Interval:
+    """How many times faster `way` is than `against`: geometric mean over turns, smallest and largest turn."""
+    import numpy as np
+
+    by_turn = seconds.pivot(index="turn", columns="way", values="seconds")
+    logs = np.log(by_turn[against] / by_turn[way])
+    return Interval(*(float(np.exp(value)) for value in (logs.mean(), logs.min(), logs.max())))
+
+
+def sweep(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[list[int]],
+    *,
+    batch_sizes: Sequence[int],
+    max_new_tokens: int,
+) -> "pd.DataFrame":
+    """Throughput and waiting by batch size: batch_size, documents_per_hour, token_ms_p95 (while others are served)."""
+    import pandas as pd
+
+    from erlib.serving import batching
+
+    rows = []
+    for size in batch_sizes:
+        done = list(batching.complete(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=size))
+        gaps = pd.Series([(d.seconds - d.first_seconds) / (len(d.ids) - 1) for d in done if len(d.ids) > 1])
+        rows.append((size, 3600 * len(prompts) / max(d.seconds for d in done), 1e3 * gaps.quantile(0.95)))
+    return pd.DataFrame(rows, columns=["batch_size", "documents_per_hour", "token_ms_p95"])
+
+
+def knee(swept: "pd.DataFrame", *, share: float = 0.9) -> int:
+    """The smallest batch that reaches `share` of the best throughput: beyond it documents only wait longer."""
+    reached = swept["documents_per_hour"] >= share * swept["documents_per_hour"].max()
+    return int(swept.loc[reached, "batch_size"].min())
+
+
+# -- memory of a fresh process ------------------------------------------------------------------------------------
+
+
+def footprint(folder: Path, engine: str, documents: Path) -> dict[str, float]:
+    """Peak memory (MB of 2^20 bytes) and seconds to open of a fresh process that extracts from a JSONL of documents."""
+    command = [sys.executable, "-m", "erlib.serving.speed", str(folder), engine, str(documents)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if ended.returncode:
+        raise RuntimeError(f"{engine} ended with {ended.returncode}:\n" + "\n".join(ended.stderr.splitlines()[-15:]))
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Open the engine, extract once, print what it took."""
+    folder, name, path = sys.argv[1:]
+    began = time.perf_counter()
+    engine = engines.open_engine(Path(folder), engine=name)
+    opened = time.perf_counter() - began
+    for _ in engines.extract(engine, [Document(**row) for row in read_jsonl(path)]):
+        pass
+    print(json.dumps({"peak_rss_mb": peak_rss() / 2**20, "seconds_to_open": opened}))
+
+
+# -- the physical floor -------------------------------------------------------------------------------------------
+
+
+class Rates(NamedTuple):
+    """What the machine does with the threads given: fp32 matrix products (FLOP/s) and memory traffic (bytes/s)."""
+
+    flops: float
+    bytes: float
+
+
+def rates(*, seconds: float = 0.5) -> Rates:
+    """Measure the best rate of a large matrix product and of a copy that no cache holds."""
+    matrix, source = torch.ones(1024, 1024), torch.ones(32 * 2**20)
+    target = torch.empty_like(source)
+    product = _fastest(lambda: torch.mm(matrix, matrix), seconds)
+    copied = _fastest(lambda: target.copy_(source), seconds)
+    return Rates(2 * 1024**3 / product, 2 * 4 * source.numel() / copied)
+
+
+def _fastest(call: Callable[[], object], seconds: float) -> float:
+    """Shortest time of a call, repeated for `seconds`."""
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+class Floor(NamedTuple):
+    """Seconds that a document cannot go below: for arithmetic, and for weights and cache over the memory bus."""
+
+    compute_seconds: float
+    memory_seconds: float
+
+    @property
+    def documents_per_hour(self) -> float:
+        return 3600 / max(self)
+
+
+def floor(model: "PreTrainedModel", rates: Rates, *, prompt_tokens: float, new_tokens: float, batch_size: int) -> Floor:
+    """The floor of a document of mean lengths in fp32 when `batch_size` are decoded at once.
+
+    A prompt token costs 2 FLOP a weight outside embedding and head, a new one the head too, and both attend to what is
+    before them. Memory: weights once for a batch's prompts and once for each of its tokens, keys and values of a
+    document at each of its tokens.
+    """
+    config = model.config
+    head = config.vocab_size * config.hidden_size
+    body = model.num_parameters() - head * (1 if config.tie_word_embeddings else 2)
+    width = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    context = prompt_tokens + new_tokens / 2
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * width
+    flops = prompt_tokens * (2 * body + attention * prompt_tokens / 2)
+    flops += new_tokens * (2 * (body + head) + attention * context)
+    cache = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * width  # bytes a token
+    read = (1 + new_tokens) * 4 * (body + head) / batch_size + new_tokens * context * cache
+    return Floor(flops / rates.flops, read / rates.bytes)
+
+
+if __name__ == "__main__":
+    main()

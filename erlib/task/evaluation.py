@@ -1,0 +1,146 @@
+"""Evaluation of answers on exemplars: scores, failure modes, prompts against each other, and files of predictions."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from erlib.task import metrics
+from erlib.task.forms import to_compact
+from erlib.task.jsonl import read_jsonl, write_jsonl
+from erlib.task.schema import Brief, Defect, Document, Exemplar, Parsed, Report
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Evaluation(NamedTuple):
+    """What an LM with one prompt answered on a set of exemplars, and its scores there."""
+
+    exemplars: tuple[Exemplar, ...]
+    predicted: list[Parsed]
+    scores: metrics.Scores
+
+    @property
+    def headline(self) -> float:
+        """Mean of exact-match entity F1 and relationship F1: what the selector maximises."""
+        return objective(self.scores)
+
+
+def objective(scores: metrics.Scores) -> float:
+    """Mean of exact-match entity F1 and relationship F1."""
+    return (scores.entity_f1 + scores.relationship_f1) / 2
+
+
+def score(gold: Sequence[Report], predicted: Sequence[Parsed], brief: Brief) -> metrics.Scores:
+    """Exact-match counts of answers against gold reports, with the brief's symmetric relationships."""
+    return metrics.score(gold, [parsed.report for parsed in predicted], symmetric=brief.symmetric_types)
+
+
+def refuse_overlap(demos: Sequence[Exemplar], scored: Sequence[Exemplar]) -> None:
+    """Raise ValueError where a demo is scored on itself, by id or by text."""
+    texts = {normal_text(exemplar.document.text) for exemplar in scored}
+    ids = {exemplar.document.id for exemplar in scored}
+    for demo in demos:
+        if demo.document.id in ids or normal_text(demo.document.text) in texts:
+            raise ValueError(f"exemplar {demo.document.id} is both shown and scored: split the gold file again")
+
+
+def normal_text(text: str) -> str:
+    """Text without differences of case and spacing, to tell copies."""
+    return " ".join(text.casefold().split())
+
+
+# -- tables -------------------------------------------------------------------------------------------------------
+
+
+def compare(evaluations: Mapping[str, Evaluation], *, seed: int) -> "pd.DataFrame":
+    """Entity and relationship F1 of each evaluation, 95 % intervals over documents: name, measure, value, low, high."""
+    import pandas as pd
+
+    rows = []
+    for name, evaluation in evaluations.items():
+        scores = evaluation.scores
+        for measure, counts in (("entity F1", scores.entity_counts), ("relationship F1", scores.relationship_counts)):
+            interval = metrics.bootstrap_f1(counts, seed=seed)
+            rows.append((name, measure, interval.value, interval.low, interval.high))
+    return pd.DataFrame(rows, columns=["name", "measure", "value", "low", "high"])
+
+
+def failure_modes(evaluations: Mapping[str, Evaluation], *, brief: Brief, seed: int) -> "pd.DataFrame":
+    """The two failure modes apart, with 95 % intervals over documents (name, measure, value, low, high).
+
+    Salient fact recall is a share of the facts of the gold summaries; missed and irrelevant items are means a document.
+    """
+    import numpy as np
+    import pandas as pd
+
+    rows = []
+    for name, evaluation in evaluations.items():
+        documents = [exemplar.document.text for exemplar in evaluation.exemplars]
+        gold = [exemplar.report for exemplar in evaluation.exemplars]
+        found, total, _ = metrics.fact_recall(gold, [parsed.report for parsed in evaluation.predicted])
+        recall = metrics.bootstrap_ratio(found, total, seed=seed)
+        rows.append((name, "salient fact recall", recall.value, recall.low, recall.high))
+        faults = metrics.taxonomy(documents, gold, evaluation.predicted, brief)
+        for kind in ("missed", "irrelevant"):
+            found = faults.loc[faults["kind"] == kind, "document"].to_numpy(dtype=int)
+            interval = metrics.bootstrap_mean(np.bincount(found, minlength=len(documents)), seed=seed)
+            rows.append((name, f"{kind} items a document", interval.value, interval.low, interval.high))
+    return pd.DataFrame(rows, columns=["name", "measure", "value", "low", "high"])
+
+
+def beside(evaluation: Evaluation, *, brief: Brief) -> "pd.DataFrame":
+    """Document, true report, predicted report and faults side by side (compact form), most faults first."""
+    import pandas as pd
+
+    documents = [exemplar.document.text for exemplar in evaluation.exemplars]
+    gold = [exemplar.report for exemplar in evaluation.exemplars]
+    faults = metrics.taxonomy(documents, gold, evaluation.predicted, brief)
+    rows = []
+    for index, (text, report, parsed) in enumerate(zip(documents, gold, evaluation.predicted, strict=True)):
+        of_document = faults[faults["document"] == index]
+        listed = [f"{row.kind}: {row.detail}" for row in of_document.itertuples()]
+        rows.append((text, to_compact(report), to_compact(parsed.report), len(listed), "\n".join(listed)))
+    table = pd.DataFrame(rows, columns=["document", "gold", "predicted", "faults", "listed"])
+    return table.sort_values("faults", ascending=False, kind="stable", ignore_index=True)
+
+
+def advantage(chosen: Evaluation, others: Sequence[Evaluation], *, seed: int) -> metrics.Interval:
+    """Headline of one prompt minus that of several others pooled, with its paired interval over the same documents."""
+    import numpy as np
+
+    def both(sums: np.ndarray) -> np.ndarray:  # (..., 6) summed counts of entities and relationships to (...)
+        tp, fp, fn = np.moveaxis(sums.reshape(*sums.shape[:-1], 2, 3), -1, 0)
+        return (2 * tp / np.maximum(1, 2 * tp + fp + fn)).mean(axis=-1)
+
+    def rows(scores: metrics.Scores) -> np.ndarray:
+        return np.hstack([scores.entity_counts, scores.relationship_counts])
+
+    pooled = np.sum([rows(other.scores) for other in others], axis=0)
+    return metrics.paired_bootstrap(rows(chosen.scores), pooled, both, seed=seed)
+
+
+# -- files --------------------------------------------------------------------------------------------------------
+
+
+def write_predictions(path: Path, documents: Iterable[Document], predicted: Iterable[Parsed]) -> None:
+    """Write what an LM answered as JSONL: document, report and defects of each."""
+    rows = (
+        {
+            "document": document.model_dump(),
+            "report": parsed.report.model_dump(),
+            "defects": [defect._asdict() for defect in parsed.defects],
+        }
+        for document, parsed in zip(documents, predicted, strict=True)
+    )
+    write_jsonl(path, rows)
+
+
+def read_predictions(path: Path) -> tuple[list[Document], list[Parsed]]:
+    """Read what `write_predictions` wrote."""
+    documents, predicted = [], []
+    for row in read_jsonl(path):
+        documents.append(Document.model_validate(row["document"]))
+        defects = tuple(Defect(**defect) for defect in row["defects"])
+        predicted.append(Parsed(Report.model_validate(row["report"]), defects))
+    return documents, predicted
