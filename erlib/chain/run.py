@@ -72,9 +72,13 @@ def check(
 ) -> Check:
     """Judge `value` against a target such as ">= 0.80" (`>= > <= < ==`); NaN fails, no target informs only.
 
+    `value` is a number, or a `metrics.Interval`, which brings `low` and `high` with it.
+
     A target that is missed is shown as missed. It fails the phase if it is a `gate`, one without which the next phases
     are not worth running; else the run goes on.
     """
+    if isinstance(value, tuple):  # an interval: value, low, high
+        value, low, high = value
     value, ok = _plain(value), None
     if target is not None:
         match_ = re.fullmatch(r"(>=|<=|==|>|<)\s*(\S+)", target.strip())

@@ -26,6 +26,12 @@ class Evaluation(NamedTuple):
         return objective(self.scores)
 
 
+def evaluated(exemplars: Sequence[Exemplar], predicted: Sequence[Parsed], brief: Brief) -> Evaluation:
+    """Score answers on the exemplars that they answer, in the same order."""
+    gold = [exemplar.report for exemplar in exemplars]
+    return Evaluation(tuple(exemplars), list(predicted), score(gold, predicted, brief))
+
+
 def objective(scores: metrics.Scores) -> float:
     """Mean of exact-match entity F1 and relationship F1."""
     return (scores.entity_f1 + scores.relationship_f1) / 2

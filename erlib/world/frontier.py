@@ -11,8 +11,10 @@ them. Numbers that come from it are labelled as simulated wherever they show.
 """
 
 import functools
+import math
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
 
@@ -23,6 +25,7 @@ from erlib.world.posts import Link, Mention, Truth
 from erlib.world.stream import Sample
 
 if TYPE_CHECKING:
+    import dspy
     from dspy.lm15 import Request, Response
 
 LABEL = "simulated frontier"
@@ -135,6 +138,30 @@ class Frontier:
             exemplars=len(answers),
             form="compact" if (answers and not answers[-1].lstrip().startswith("{")) else "json",
         )
+
+
+def connect_frontier(
+    name: str,
+    samples: Iterable[Sample],
+    brief: Brief,
+    *,
+    cache_dir: Path,
+    api_base: str = "",
+    budget_usd: float = math.inf,
+    price_in: float = 0.0,
+    price_out: float = 0.0,
+    threads: int = 16,
+) -> "dspy.LM":
+    """Connect to the frontier LM of the params: the one simulated on `samples`, or an endpoint's model of that name.
+
+    The simulated one costs nothing and keeps no cache; see `teacher.connect` for the rest.
+    """
+    from erlib.reports import teacher
+
+    if name == "simulated":
+        return teacher.connect(name, engine=Frontier(samples, brief), cache_dir=None, concurrency=threads)
+    paid = {"budget_usd": budget_usd, "price_in": price_in, "price_out": price_out}
+    return teacher.connect(name, api_base=api_base or None, cache_dir=cache_dir, concurrency=threads, **paid)
 
 
 class _Draft:
