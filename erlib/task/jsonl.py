@@ -75,12 +75,12 @@ def _no_constant(name: str) -> None:
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """Read one JSON object a line; raises `ValueError` naming file, line and fault of the first bad line."""
-    rows = []
+    objects = []
     for row in rows(Path(path)):
         if row.fields is None:
             raise ValueError(f"{path}:{row.number}: {row.reason}")
-        rows.append(row.fields)
-    return rows
+        objects.append(row.fields)
+    return objects
 
 
 def numbered_rows(path: str | Path) -> Iterator[tuple[int, Mapping[str, Any] | None, str]]:
