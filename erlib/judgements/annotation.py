@@ -5,7 +5,7 @@ judgements, runs any `judge` callable through the store, measures rate and cost,
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from itertools import combinations
 from pathlib import Path
@@ -16,7 +16,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from erlib.judgements import agreement
-from erlib.judgements.store import CHOICES, Choice, Item, Judgement, State, Store, choice
+from erlib.judgements.store import Choice, Item, Judgement, State, Store, choice
 from erlib.task import metrics, utility
 from erlib.task.forms import short_prompt, to_compact
 from erlib.task.jsonl import numbered_rows, write_jsonl
@@ -30,7 +30,11 @@ Judge = Callable[..., Mapping[str, int]]  # judge(annotator, document, a, b, pos
 
 
 class Preference(BaseModel):
-    """The label of one pair: the sign of the mean summed score of its annotators, with all that it comes from."""
+    """The label of one pair: the sign of the mean summed score of its annotators, with all that it comes from.
+
+    `a` and `b` are the texts that were judged, `a_ids` and `b_ids` the token ids that were sampled: rewards are trained
+    on them and given to them, and nothing is tokenised again.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     pair_id: Name
@@ -40,6 +44,8 @@ class Preference(BaseModel):
     prompt: str
     a: str
     b: str
+    a_ids: tuple[int, ...]
+    b_ids: tuple[int, ...]
     preference: Choice
     score: float
     votes: tuple[Choice, ...]
@@ -188,7 +194,7 @@ def training(store: Store) -> pd.DataFrame:
 
 
 def annotators(store: Store, *, hourly_wage: float) -> pd.DataFrame:
-    """What each annotator did with label pairs: judgements, rate an hour, ties, share of A, hours, cost.
+    """What each annotator did with label pairs: judgements, how many per hour, ties, share of A, hours, cost.
 
     `first` is the share of A among its decided judgements with its interval: away from .5 it is a position bias, for
     which report stands first is drawn by lot.
@@ -244,34 +250,43 @@ def disputed(store: Store, *, kind: str, n: int) -> pd.DataFrame:
 # -- labels -------------------------------------------------------------------------------------------------------
 
 
-def preferences(store: Store) -> list[Preference]:
-    """The labels of all pairs of finished batches, in the order of the pairs."""
-    checkpoint = store.setting("checkpoint")
+def labelled(store: Store, samples: "Iterable[Sampled]", pairs: "Iterable[Pair]") -> list[Preference]:
+    """The preferences of all pairs of finished batches, in the order of the store, with what was sampled for them.
+
+    `samples` and `pairs` are those that `items` laid out; KeyError for a judged pair that is not among them.
+    """
+    by_document = {sampled.document.id: sampled for sampled in samples}
+    by_id = {pair.id: pair for pair in pairs}
     batches = store.table("batches")
     frame = store.frame(kind="label")
     frame = frame[frame["batch"].isin(batches.loc[batches["status"] == "done", "batch"])]
     judged = dict(tuple(frame.groupby("pair_id")))
-    found = []
-    for item in store.items(kind="label"):
-        if item.pair_id in judged:
-            mine = judged[item.pair_id]
-            score = float(mine["total"].mean())
-            found.append(
-                Preference(
-                    pair_id=item.pair_id,
-                    document_id=item.document_id,
-                    split=item.split,
-                    checkpoint=checkpoint,
-                    prompt=short_prompt(item.document),
-                    a=item.a,
-                    b=item.b,
-                    preference=choice(score),
-                    score=score,
-                    votes=tuple(choice(total) for total in mine["total"]),
-                    aspects={aspect: float(mine[aspect].mean()) for aspect in ASPECTS},
-                )
-            )
-    return found
+    return [
+        _preference(by_id[item.pair_id], by_document[item.document_id], judged[item.pair_id])
+        for item in store.items(kind="label")
+        if item.pair_id in judged
+    ]
+
+
+def _preference(pair: "Pair", sampled: "Sampled", judged: pd.DataFrame) -> Preference:
+    """The label that the judgements of one pair (rows of `Store.frame`) give."""
+    a, b = sampled.completions[pair.a], sampled.completions[pair.b]
+    score = float(judged["total"].mean())
+    return Preference(
+        pair_id=pair.id,
+        document_id=pair.document_id,
+        split=pair.split,
+        checkpoint=pair.checkpoint,
+        prompt=short_prompt(sampled.document.text),
+        a=a.text,
+        b=b.text,
+        a_ids=a.ids,
+        b_ids=b.ids,
+        preference=choice(score),
+        score=score,
+        votes=tuple(choice(total) for total in judged["total"]),
+        aspects={aspect: float(judged[aspect].mean()) for aspect in ASPECTS},
+    )
 
 
 def read_preferences(path: str | Path, *, checkpoint: str) -> list[Preference]:
@@ -295,16 +310,9 @@ def read_preferences(path: str | Path, *, checkpoint: str) -> list[Preference]:
     return found
 
 
-def votes(preferences: Sequence[Preference]) -> tuple[np.ndarray, np.ndarray]:
-    """The votes as ratings (U, R) of -1, 0, 1 (nan fills up) and documents (U,), as `agreement` takes them."""
-    width = max((len(preference.votes) for preference in preferences), default=0)
-    ratings = np.full((len(preferences), width), np.nan)
-    for row, preference in enumerate(preferences):
-        ratings[row, : len(preference.votes)] = [CHOICES.index(vote) - 1 for vote in preference.votes]
-    return ratings, np.array([preference.document_id for preference in preferences])
-
-
-def export(store: Store, folder: Path, *, seed: int) -> pd.DataFrame:
+def export(
+    store: Store, folder: Path, *, samples: "Iterable[Sampled]", pairs: "Iterable[Pair]", seed: int
+) -> pd.DataFrame:
     """Write everything: store.sqlite (plain), judgements.jsonl (all revisions), preferences.jsonl, agreement.csv.
 
     Gives the table of agreement on label pairs, overall and per aspect, as `agreement.csv` has it.
@@ -313,7 +321,7 @@ def export(store: Store, folder: Path, *, seed: int) -> pd.DataFrame:
     kinds = {item.pair_id: kind for kind in ("trial", "training", "label") for item in store.items(kind=kind)}
     history = store.table("judgements").to_dict("records")
     write_jsonl(folder / "judgements.jsonl", ({**row, "kind": kinds[row["pair_id"]]} for row in history))
-    write_jsonl(folder / "preferences.jsonl", preferences(store))
+    write_jsonl(folder / "preferences.jsonl", labelled(store, samples, pairs))
     table = agreement.table(store.frame(kind="label"), aspects=ASPECTS, seed=seed)
     table.to_csv(folder / "agreement.csv", index=False)
     return table

@@ -1,10 +1,13 @@
 """Completions to compare: drawn from one merged checkpoint, split by document, paired.
 
-1. `documents_of_round`   each round has documents of its own that SFT has not seen;
+1. `fits`                 which documents leave room for a report: `documents.reserve` gives a round those that do;
 2. `split`                documents → train, validation, test, before anything is paired; near duplicates stay together;
 3. `sweep` … `choose_temperature`   how hot can sampling be before people prefer the greedy completion?
 4. `draw`                 per document one greedy completion and k - 1 at temperature T, in an order that is shuffled;
-5. `pairs`, `leaks`       C(k, 2) pairs a document, identical ones dropped; does anything cross a split?
+5. `pairs`, `leaks`       C(k, 2) pairs per document, identical ones dropped; does anything cross a split?
+
+What `lm.models.generate` completes becomes a `Candidate`, the record in `samples.jsonl`. A `Pair` refers to two of them
+by their places, and the token ids that were sampled are those that the reward model is trained on and scores.
 
 Log-probabilities are of the policy itself, at temperature 1, whatever T a completion was drawn at, so that they compare
 across temperatures, and with what PPO computes.
@@ -16,15 +19,17 @@ another's distribution.
 import itertools
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from erlib.documents import corpus
+from erlib.judgements.store import Choice, choice
 from erlib.lm import models
 from erlib.task import metrics
 from erlib.task.forms import parse_compact, short_prompt
@@ -35,7 +40,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TRIAL = "trial"  # the split of documents that only the temperature is tuned on
-Choice = Literal["A", "tie", "B"]
 Record = TypeVar("Record", "Sampled", "Pair")
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 
@@ -43,8 +47,8 @@ _STRICT = ConfigDict(extra="forbid", frozen=True)
 # -- records ------------------------------------------------------------------------------------------------------
 
 
-class Completion(BaseModel):
-    """What the policy wrote: text, token ids with the end token, and log-probabilities in nats at temperature 1.
+class Candidate(BaseModel):
+    """A completion that may be judged: text, token ids with the end token, log-probabilities in nats at temperature 1.
 
     `logprob` is the joint one, the sum of `token_logprobs`. `finished` is False when it ran out of tokens, and then
     the end token is not among the ids.
@@ -67,11 +71,11 @@ class Sampled(BaseModel):
     split: str
     checkpoint: str
     temperature: float
-    completions: tuple[Completion, ...]
+    completions: tuple[Candidate, ...]
 
 
 class Pair(BaseModel):
-    """Two completions of one document by their indices; which of them is A was drawn at random."""
+    """Two completions of one document, by their places in `Sampled.completions`; which is A was drawn at random."""
 
     model_config = _STRICT
     id: str  # "<document id>#<i>-<j>" with i < j
@@ -97,22 +101,14 @@ class Trial(BaseModel):
 # -- documents ----------------------------------------------------------------------------------------------------
 
 
-def documents_of_round(
-    documents: Sequence[Document], reported_ids: Sequence[str], *, n: int, round_number: int, seed: int
-) -> list[Document]:
-    """The n documents of round 1, 2, …: slices of one shuffle of those without a report, so that no two rounds share.
+def fits(tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int, max_new_tokens: int) -> Callable[[Document], bool]:
+    """Give the test whether a document's short prompt leaves room for `max_new_tokens` among `max_tokens` tokens."""
 
-    The outcome does not depend on the order of `documents`. Raises ValueError when they do not last until this round.
-    """
-    reported = set(reported_ids)
-    left = sorted((document for document in documents if document.id not in reported), key=lambda d: d.id)
-    order = np.random.default_rng(seed).permutation(len(left))[(round_number - 1) * n : round_number * n]
-    if round_number < 1 or len(order) < n:
-        raise ValueError(
-            f"round {round_number} with {n} documents a round needs {round_number * n} documents without a report, "
-            f"there are {len(left)}: lower n_documents in 04_sampling, or raise it in 02_corpus"
-        )
-    return [left[index] for index in order]
+    def fitting(document: Document) -> bool:
+        prompt = models.encode_prompt(tokenizer, short_prompt(document.text))
+        return len(prompt) + max_new_tokens <= max_tokens
+
+    return fitting
 
 
 def near_duplicates(texts: Sequence[str], *, similarity: float) -> list[tuple[int, int, float]]:
@@ -162,113 +158,136 @@ def split(
 # -- drawing ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn, whatever their temperature."""
+
+    checkpoint: str  # fingerprint of the checkpoint that writes them: every record names it
+    max_new_tokens: int = 192  # longest report; what is cut off counts as unfinished
+    batch_size: int = 64  # completions at once: more need more memory, and change nothing but rounding
+    seed: int = 0  # of the tokens drawn and of the order within a document
+
+
 def draw(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     documents_by_split: Mapping[str, Sequence[Document]],
+    settings: Sampling,
     *,
     k: int,
     temperature: float,
-    max_new_tokens: int,
-    batch_size: int,
-    seed: int,
-    checkpoint: str,
 ) -> list[Sampled]:
     """Complete every document once greedily and k - 1 times at `temperature`, shuffled within the document."""
     if k < 2 or temperature <= 0:
         raise ValueError(f"k={k} and temperature={temperature}: pairs need k >= 2 and a temperature above 0")
     splits = [(name, document) for name, part in documents_by_split.items() for document in part]
     documents = [document for _, document in splits]
-    settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
-    greedy = _complete(model, tokenizer, documents, temperature=0.0, **settings)
+    greedy = _candidates(model, tokenizer, documents, settings, temperature=0.0)
     repeated = [document for document in documents for _ in range(k - 1)]
-    sampled = _complete(model, tokenizer, repeated, temperature=temperature, **settings)
-    return [
-        _sampled(document, [greedy[i], *sampled[i * (k - 1) : (i + 1) * (k - 1)]], name, checkpoint, temperature, seed)
-        for i, (name, document) in enumerate(splits)
-    ]
+    hot = _candidates(model, tokenizer, repeated, settings, temperature=temperature)
+    samples = []
+    for i, (name, document) in enumerate(splits):
+        candidates = [greedy[i], *hot[i * (k - 1) : (i + 1) * (k - 1)]]
+        samples.append(_sampled(document, candidates, name, temperature, settings))
+    return samples
 
 
 def sweep(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     documents: Sequence[Document],
+    settings: Sampling,
     *,
     temperatures: Sequence[float],
-    max_new_tokens: int,
-    batch_size: int,
-    seed: int,
-    checkpoint: str,
 ) -> list[Sampled]:
     """Draw one completion of every trial document at each temperature, beside the greedy one.
 
     All temperatures use the same random numbers, so that a difference between them is less a matter of luck.
     """
-    settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
-    greedy = _complete(model, tokenizer, documents, temperature=0.0, **settings) if temperatures else []
+    greedy = _candidates(model, tokenizer, documents, settings, temperature=0.0) if temperatures else []
     drawn = []
     for temperature in sorted(temperatures):
-        sampled = _complete(model, tokenizer, documents, temperature=temperature, **settings)
-        drawn += [
-            _sampled(document, list(two), TRIAL, checkpoint, temperature, seed)
-            for document, *two in zip(documents, greedy, sampled, strict=True)
-        ]
+        hot = _candidates(model, tokenizer, documents, settings, temperature=temperature)
+        for document, *two in zip(documents, greedy, hot, strict=True):
+            drawn.append(_sampled(document, two, TRIAL, temperature, settings))
     return drawn
 
 
-def _complete(
+def _candidates(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     documents: Sequence[Document],
+    settings: Sampling,
     *,
     temperature: float,
-    max_new_tokens: int,
-    batch_size: int,
-    seed: int,
-) -> list[Completion]:
-    prompts = [short_prompt(document.text) for document in documents]
+) -> list[Candidate]:
+    """One completion of each document; log-probabilities are rounded to what a file keeps of them."""
     written = models.generate(
         model,
         tokenizer,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
+        [short_prompt(document.text) for document in documents],
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
         temperature=temperature,
-        seed=seed,
+        seed=settings.seed,
         stop=(),
     )
-    completions = []
+    candidates = []
     for one in written:
         tokens = tuple(round(value, 6) for value in one.logprobs)
-        joint = round(math.fsum(tokens), 6)
-        completions.append(
-            Completion(
+        candidates.append(
+            Candidate(
                 text=one.text,
                 ids=one.ids,
-                logprob=joint,
+                logprob=round(math.fsum(tokens), 6),
                 token_logprobs=tokens,
                 greedy=temperature == 0,
                 finished=one.finished,
             )
         )
-    return completions
+    return candidates
 
 
 def _sampled(
-    document: Document, completions: list[Completion], name: str, checkpoint: str, temperature: float, seed: int
+    document: Document, candidates: list[Candidate], split: str, temperature: float, settings: Sampling
 ) -> Sampled:
-    random.Random(f"{seed}/order/{document.id}/{temperature}").shuffle(completions)
+    random.Random(f"{settings.seed}/order/{document.id}/{temperature}").shuffle(candidates)
     return Sampled(
         document=document,
-        split=name,
-        checkpoint=checkpoint,
+        split=split,
+        checkpoint=settings.checkpoint,
         temperature=temperature,
-        completions=tuple(completions),
+        completions=tuple(candidates),
     )
 
 
+def table(samples: Sequence[Sampled], *, brief: Brief | None = None) -> pd.DataFrame:
+    """One row per completion, in the order of the samples.
+
+    Columns document_id, document (its text), split, temperature (0 for greedy), text, ids, logprob, finished; with a
+    `brief` also valid, whether the text parses under it.
+    """
+    rows = []
+    for sample in samples:
+        for candidate in sample.completions:
+            row = {
+                "document_id": sample.document.id,
+                "document": sample.document.text,
+                "split": sample.split,
+                "temperature": 0.0 if candidate.greedy else sample.temperature,
+                "text": candidate.text,
+                "ids": candidate.ids,
+                "logprob": candidate.logprob,
+                "finished": candidate.finished,
+            }
+            if brief:
+                row["valid"] = parse_compact(candidate.text, brief=brief, document=sample.document.text).valid
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def describe(samples: Sequence[Sampled], *, brief: Brief) -> pd.DataFrame:
-    """By temperature, 0 being greedy: completions, different texts a document, tokens, shares, mean log-probabilities.
+    """By temperature (0: greedy): completions, different texts per document, tokens, shares, mean log-probabilities.
 
     `distinct` counts the greedy completion in. A greedy completion that stands in several samples counts once.
     """
@@ -286,7 +305,7 @@ def describe(samples: Sequence[Sampled], *, brief: Brief) -> pd.DataFrame:
                 "finished": completion.finished,
                 "parse_valid": parsed.valid,
                 "logprob": completion.logprob,
-                "logprob_a_token": completion.logprob / len(completion.ids),
+                "logprob_per_token": completion.logprob / len(completion.ids),
             }
     table = pd.DataFrame(rows.values()).groupby("temperature")
     return table.size().to_frame("completions").join(table.mean())
@@ -321,9 +340,16 @@ def trials(samples: Sequence[Sampled], *, seed: int) -> list[Trial]:
     return asked
 
 
-def preference(score: float) -> Choice:
-    """The choice that a summed score stands for: A above 0, B below, else a tie."""
-    return "A" if score > 0 else "B" if score < 0 else "tie"
+def judged(asked: Sequence[Trial], judge: Callable[..., Mapping[str, int]]) -> list[Trial]:
+    """The trials with what `judge(document, a, b, position=...)` prefers: the sign of its scores' sum.
+
+    `position` counts what it has judged before, for whoever tires.
+    """
+    found = []
+    for position, trial in enumerate(asked):
+        scores = judge(trial.document, trial.a, trial.b, position=position)
+        found.append(trial.model_copy(update={"preference": choice(sum(scores.values()))}))
+    return found
 
 
 def read_trials(path: str | Path, *, asked: Sequence[Trial]) -> list[Trial]:

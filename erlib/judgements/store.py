@@ -16,6 +16,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -27,7 +28,7 @@ from erlib.judgements import agreement
 from erlib.task.jsonl import numbered_rows
 from erlib.task.schema import ASPECTS, Name
 
-Choice = Literal["A", "tie", "B"]
+Choice = Literal["A", "tie", "B"]  # what is preferred of two reports: the one definition of it
 Score = Annotated[int, Field(ge=-2, le=2, strict=True)]
 State = Literal["training", "short of annotators", "labelling", "halted", "done"]
 HALT_ERROR = 0.01  # chance of a false halt in the whole of a round, shared among its batches
@@ -203,7 +204,7 @@ class Store:
                     faults.append(f"{path}:{number}: {error}")
             if faults:
                 more = f"\n… and {len(faults) - 20} more" if len(faults) > 20 else ""
-                raise ValueError("\n".join(faults[:20]) + more + "\nNothing was imported: mend these lines first.")
+                raise ValueError("\n".join(faults[:20]) + more + "\nNothing was imported: fix these lines first.")
         return Recorded(counts["new"], counts["revised"], counts["unchanged"])
 
     def resume(self, *, note: str, at: AwareDatetime) -> None:
@@ -265,7 +266,7 @@ class Store:
         return [(name, Item(**dict(zip(fields, values, strict=True)))) for name, *values in rows]
 
     def missing(self) -> int:
-        """Judgements that are missing to the end: those assigned, and `overlap` a pair of the batches that wait."""
+        """Judgements that are missing to the end: those assigned, and `overlap` per pair of the batches that wait."""
         (assigned,) = self._db.execute("SELECT count(*) FROM outstanding").fetchone()
         query = "SELECT count(*) FROM items JOIN batches USING (batch) WHERE status = 'waiting'"
         (waiting,) = self._db.execute(query).fetchone()
@@ -302,68 +303,88 @@ class Store:
         self._db.execute("VACUUM INTO ?", (str(path),))
 
 
+@dataclass(frozen=True)
+class Rules:
+    """How the work of a round is laid out: a store keeps them, and refuses to be opened with others."""
+
+    trial_pairs: int = 20  # judged by everybody before training, to be talked over; they become no labels
+    batch_pairs: int = 300  # released at a time: agreement is compared by batch, and smaller ones tell little
+    overlap: int = 2  # annotators per pair, of the batches after the first: the fewest that show agreement
+    pass_mark: float = 0.85  # share of gold judgements to meet in training: a careless annotator stays below it
+    seed: int = 0  # of the order of pairs, and of who gets which
+
+
 def create(
     path: str | Path,
+    rules: Rules,
     *,
     checkpoint: str,
     labels: Sequence[Item],
     training: Sequence[Item],
     annotators: Sequence[str],
-    trial_pairs: int,
-    batch_pairs: int,
-    overlap: int,
-    pass_mark: float,
-    seed: int,
 ) -> Store:
     """Set a store up for one round, or open the one at `path` if it was set up with the very same values.
 
-    `trial_pairs` of the label pairs, drawn at random, go to everybody before training and become no labels; the others
-    are shuffled into batches. Raises ValueError for values that cannot work, or where `path` holds another set-up.
+    `rules.trial_pairs` of the label pairs, drawn at random, go to everybody before training and become no labels; the
+    others are shuffled into batches. Raises ValueError for values that cannot work, or where `path` holds another
+    set-up.
     """
-    _refuse_unworkable(labels, training, annotators, trial_pairs, overlap)
-    order = [labels[index] for index in np.random.default_rng(seed).permutation(len(labels))]
-    rows = [("trial", None, item) for item in order[:trial_pairs]] + [("training", None, item) for item in training]
-    rows += [("label", 1 + place // batch_pairs, item) for place, item in enumerate(order[trial_pairs:])]
-    fields = tuple(Item.model_fields)
-    table = [(place, kind, batch, *item.model_dump().values()) for place, (kind, batch, item) in enumerate(rows)]
-    setup = {"checkpoint": checkpoint, "annotators": sorted(annotators), "trial_pairs": trial_pairs}
-    setup |= {"batch_pairs": batch_pairs, "overlap": overlap, "pass_mark": pass_mark, "seed": seed}
+    _refuse_unworkable(labels, training, annotators, rules)
+    rows = _laid_out(labels, training, rules)
+    setup = asdict(rules) | {"checkpoint": checkpoint, "annotators": sorted(annotators)}
     meta = sorted((name, json.dumps(value)) for name, value in setup.items())
-
     Path(path).touch()
     store = Store(path)
     with store._transaction() as db:
-        if db.execute("SELECT 1 FROM sqlite_master").fetchone():
-            query = f"SELECT place, kind, batch, {', '.join(fields)} FROM items ORDER BY place"
-            if (
-                db.execute("SELECT * FROM meta ORDER BY name").fetchall() != meta
-                or db.execute(query).fetchall() != table
-            ):
-                raise ValueError(f"{path} was set up with other pairs or settings: move it away to begin afresh")
-            return store
-        for statement in _statements(_TABLES):
-            db.execute(statement)
-        db.executemany("INSERT INTO meta VALUES (?, ?)", meta)
-        db.executemany("INSERT INTO annotators VALUES (?, 'training')", [(name,) for name in sorted(annotators)])
-        last = max(batch for _, batch, _ in rows if batch)
-        db.executemany("INSERT INTO batches VALUES (?, 'waiting')", [(batch,) for batch in range(1, last + 1)])
-        marks = ", ".join("?" * (3 + len(fields)))
-        db.executemany(f"INSERT INTO items (place, kind, batch, {', '.join(fields)}) VALUES ({marks})", table)
-        first = [item.pair_id for kind, _, item in rows if kind != "label"]
-        given = assign(first, annotators, overlap=len(annotators), seed=seed)
-        db.executemany("INSERT INTO assignments (pair_id, annotator) VALUES (?, ?)", given)
+        if not db.execute("SELECT 1 FROM sqlite_master").fetchone():
+            _fill(db, rows, meta, annotators=annotators, seed=rules.seed)
+        elif _kept(db) != (rows, meta):
+            raise ValueError(f"{path} was set up with other pairs or settings: move it away to begin afresh")
     return store
 
 
-def _refuse_unworkable(
-    labels: Sequence[Item], training: Sequence[Item], annotators: Sequence[str], trial_pairs: int, overlap: int
+def _laid_out(labels: Sequence[Item], training: Sequence[Item], rules: Rules) -> list[tuple]:
+    """The rows of the table of items, in order: place, kind, batch, fields of the item."""
+    order = [labels[index] for index in np.random.default_rng(rules.seed).permutation(len(labels))]
+    laid = [("trial", None, item) for item in order[: rules.trial_pairs]]
+    laid += [("training", None, item) for item in training]
+    for place, item in enumerate(order[rules.trial_pairs :]):
+        laid.append(("label", 1 + place // rules.batch_pairs, item))
+    return [(place, kind, batch, *item.model_dump().values()) for place, (kind, batch, item) in enumerate(laid)]
+
+
+def _kept(db: sqlite3.Connection) -> tuple[list[tuple], list[tuple]]:
+    """The rows of items and settings of a store that is set up."""
+    items = db.execute(f"SELECT place, kind, batch, {', '.join(Item.model_fields)} FROM items ORDER BY place")
+    return items.fetchall(), db.execute("SELECT * FROM meta ORDER BY name").fetchall()
+
+
+def _fill(
+    db: sqlite3.Connection, rows: list[tuple], meta: list[tuple], *, annotators: Sequence[str], seed: int
 ) -> None:
-    if overlap < 2:
-        raise ValueError(f"overlap = {overlap}: at least 2 must judge a pair, or agreement cannot be known")
-    if len(set(annotators)) != len(annotators) or len(annotators) < overlap:
-        raise ValueError(f"an overlap of {overlap} needs that many different annotators, not {list(annotators)}")
-    if trial_pairs >= len(labels):
-        raise ValueError(f"{trial_pairs} trial pairs leave nothing of {len(labels)} pairs to label")
+    """Set the tables up; trial and training pairs are given to everybody at once."""
+    for statement in _statements(_TABLES):
+        db.execute(statement)
+    db.executemany("INSERT INTO meta VALUES (?, ?)", meta)
+    db.executemany("INSERT INTO annotators VALUES (?, 'training')", [(name,) for name in sorted(annotators)])
+    last = max(batch for _, _, batch, *_ in rows if batch)
+    db.executemany("INSERT INTO batches VALUES (?, 'waiting')", [(batch,) for batch in range(1, last + 1)])
+    columns, marks = ", ".join(Item.model_fields), ", ".join("?" * len(rows[0]))
+    db.executemany(f"INSERT INTO items (place, kind, batch, {columns}) VALUES ({marks})", rows)
+    first = [pair_id for _, kind, _, pair_id, *_ in rows if kind != "label"]
+    given = assign(first, annotators, overlap=len(annotators), seed=seed)
+    db.executemany("INSERT INTO assignments (pair_id, annotator) VALUES (?, ?)", given)
+
+
+def _refuse_unworkable(
+    labels: Sequence[Item], training: Sequence[Item], annotators: Sequence[str], rules: Rules
+) -> None:
+    if rules.overlap < 2:
+        raise ValueError(f"overlap = {rules.overlap}: at least 2 must judge a pair, or agreement cannot be known")
+    if len(set(annotators)) != len(annotators) or len(annotators) < rules.overlap:
+        raise ValueError(f"an overlap of {rules.overlap} needs that many different annotators, not {list(annotators)}")
+    if rules.trial_pairs >= len(labels):
+        raise ValueError(f"{rules.trial_pairs} trial pairs leave nothing of {len(labels)} pairs to label")
     if not training or any(item.gold is None for item in training):
         raise ValueError("training needs pairs, and each of them a gold judgement")
     counted = Counter(item.pair_id for item in (*labels, *training))

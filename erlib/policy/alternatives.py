@@ -71,10 +71,13 @@ class Trained(NamedTuple):
 
 
 def encode(preferences: "Sequence[Preference]", tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int) -> Pairs:
-    """Tokenise decided pairs for `dpo`; ties, identical pairs and pairs with a row above `max_tokens` are counted."""
+    """Lay decided pairs out for `dpo` by the token ids that were sampled.
+
+    Ties, identical pairs and pairs with a row above `max_tokens` are left out and counted.
+    """
     rows, dropped = [], {"tie": 0, "identical": 0, "too long": 0}
     for preference in preferences:
-        a, b = (models.encode_completion(tokenizer, text) for text in (preference.a, preference.b))
+        a, b = list(preference.a_ids), list(preference.b_ids)
         prompt = models.encode_prompt(tokenizer, preference.prompt)
         if preference.preference == "tie":
             dropped["tie"] += 1

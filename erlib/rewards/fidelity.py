@@ -26,13 +26,16 @@ Against = Literal["label", "vote"]
 
 
 def pair_table(
-    preferences: "Sequence[Preference]", margins: Sequence[float], *, logprobs: Mapping[tuple[str, str], float]
+    preferences: "Sequence[Preference]",
+    margins: Sequence[float],
+    *,
+    logprobs: Mapping[tuple[str, tuple[int, ...]], float],
 ) -> pd.DataFrame:
     """One row a pair, what annotators and predictors say of it, always as A minus B.
 
     `label` is 1 for A, 0 for a tie, -1 for B; `strength` the mean summed score of the annotators; `votes_a`, `votes_b`
     and `votes` how many said A, B, anything; `margin` the difference of the scores, `longer` of the characters,
-    `likelier` of the log-probabilities, looked up in `logprobs` by document id and completion. Beside them `pair_id`,
+    `likelier` of the log-probabilities, looked up in `logprobs` by document id and token ids. Beside them `pair_id`,
     `document_id` and `split`.
     """
     rows = [
@@ -47,7 +50,7 @@ def pair_table(
             "votes": len(pair.votes),
             "margin": float(margin),
             "longer": len(pair.a) - len(pair.b),
-            "likelier": logprobs[pair.document_id, pair.a] - logprobs[pair.document_id, pair.b],
+            "likelier": logprobs[pair.document_id, pair.a_ids] - logprobs[pair.document_id, pair.b_ids],
         }
         for pair, margin in zip(preferences, margins, strict=True)
     ]
@@ -248,7 +251,7 @@ def diagnosis(
     """
     gap, bias = train_accuracy - accuracy, abs(length_model) - abs(length_annotators)
     rows = [
-        ("annotators disagree", agreement, agreement < 0.7, "mend brief and training in 05: no model can do better"),
+        ("annotators disagree", agreement, agreement < 0.7, "fix brief and training in 05: no model can do better"),
         ("many ties", tie_share, tie_share > 0.4, "completions are too much alike: sample hotter in 04"),
         ("fits its own pairs badly", train_accuracy, train_accuracy < 0.8, "more epochs, higher rate or rank"),
         ("forgets them on new documents", gap, gap > 0.1, "it memorises: more documents in 04, fewer epochs"),
@@ -258,7 +261,7 @@ def diagnosis(
             "confidence is off",
             calibration_error,
             calibration_error > 0.1,
-            "a temperature mends it; so do fewer epochs",
+            "a temperature fixes it; so do fewer epochs",
         ),
     ]
     table = pd.DataFrame(rows, columns=["sign", "measured", "seen", "what to do"])

@@ -10,7 +10,8 @@ probabilities hold most of what it knows (a policy is a reward model too: 2305.1
 The loss is Bradley-Terry on the summed score and, beside it, on each aspect: three answers a pair teach more than one.
 `fidelity` says what the scores are worth. Trained through `trl.RewardTrainer`, with three departures:
 
-1. rows are tokenised here, as in `sft`: nothing is cut off or dropped silently, special tokens in a text stay text;
+1. rows are the prompt's tokens and the very ids that were sampled: nothing is cut off, dropped in silence or tokenised
+   again, and a completion that ran out of tokens has no end token;
 2. a step reads each document and each completion once, however many of its pairs it is in (2203.02155, section 3.5):
    the six pairs of a document's four completions cost one reading of the document, not twelve;
 3. the aspects' loss is added to the summed score's.
@@ -22,10 +23,12 @@ and `…lora_B.weight`, the names that they have in any causal LM's adapter, and
 `base_model.model.score.weight` (aspects, hidden size), in the order of `schema.ASPECTS`.
 """
 
+import functools
 import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,7 +45,7 @@ from erlib.task.schema import ASPECTS
 if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from trl import RewardTrainer
+    from trl import RewardConfig, RewardTrainer
 
     from erlib.judgements.annotation import Preference
 
@@ -66,6 +69,7 @@ class Encoded(NamedTuple):
 
     @property
     def n_pairs(self) -> int:
+        """Pairs with a preference that fit."""
         return sum(len(row["chosen_ids"]) for row in self.rows)
 
 
@@ -76,7 +80,7 @@ def encode(
     max_tokens: int,
     leave_out: bool = False,
 ) -> Encoded:
-    """Tokenise preferences as `score` reads them: each completion ends with the end token.
+    """Lay preferences out as rows: the tokens of their prompts, and the token ids that were sampled.
 
     Ties are left out and listed. Pairs with a side of more than `max_tokens` tokens, prompt included, raise ValueError
     with their ids, or are listed and left out if `leave_out`.
@@ -88,7 +92,7 @@ def encode(
             ties.append(pair.pair_id)
             continue
         prompt = models.encode_prompt(tokenizer, pair.prompt)
-        a, b = (models.encode_completion(tokenizer, text) for text in (pair.a, pair.b))
+        a, b = list(pair.a_ids), list(pair.b_ids)
         length = len(prompt) + max(len(a), len(b))
         if length > max_tokens:
             too_long.append(pair.pair_id)
@@ -111,25 +115,32 @@ def encode(
 # -- training -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Training:
+    """How a reward model is trained; the defaults are of the embedded LM of 2 M parameters."""
+
+    epochs: int = 2  # passes over the pairs; more learn them by heart, and confidence outgrows accuracy
+    batch_size: int = 2  # documents per step; all pairs of a document come together, six where there are four reports
+    learning_rate: float = 7e-4  # of LoRA and heads; 1e-4 suits an LM of 7 B parameters
+    warmup_share: float = 0.05  # of the steps: the heads begin at random
+    lora_rank: int = 16  # of the adapter on every linear layer
+    lora_alpha: int = 32  # LoRA adds alpha / rank times its product: twice
+    bf16: bool = False  # base and training in bfloat16: on a GPU
+    gradient_checkpointing: bool = False  # less memory for more time: with a large LM
+    seed: int = 0  # of the first weights and of the order of documents
+
+
 def train(
     checkpoint: Path,
     rows: Sequence[dict],
+    training: Training,
     *,
     out: Path,
     validation: Sequence[dict] = (),
     expected: str | None = None,
-    epochs: int = 2,
-    batch_size: int = 2,
-    learning_rate: float = 7e-4,
-    warmup_share: float = 0.05,
-    lora_rank: int = 16,
-    lora_alpha: int = 32,
-    bf16: bool = False,
-    gradient_checkpointing: bool = False,
     device: str = "auto",
-    seed: int = 0,
 ) -> "pd.DataFrame":
-    """Train a reward adapter with its head on a merged checkpoint, `batch_size` documents a step, and save it in `out`.
+    """Train a reward adapter with its heads on a merged checkpoint and save it in `out`.
 
     `out` appears complete or not at all; a killed training starts again. Raises ValueError for a checkpoint that is
     not merged or not the `expected` one. Returns the log: `step`, `loss`, `accuracy`, `eval_loss`, `eval_accuracy`, ….
@@ -137,32 +148,13 @@ def train(
     require_merged(checkpoint, expected=expected)
     if not rows:
         raise ValueError("no pair has a preference to learn from: every one is a tie or too long")
-    models.seed_everything(seed)  # head and LoRA weights are drawn before the trainer seeds anything
-    model, tokenizer = load(checkpoint, dtype="bfloat16" if bf16 else "float32", device=device)
-    steps = math.ceil(len(rows) / batch_size) * epochs
+    models.seed_everything(training.seed)  # head and LoRA weights are drawn before the trainer seeds anything
+    model, tokenizer = load(checkpoint, dtype="bfloat16" if training.bf16 else "float32", device=device)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    trainer = _trainer(
-        model,
-        tokenizer,
-        rows,
-        validation,
-        lora={"r": lora_rank, "lora_alpha": lora_alpha},
-        arguments={
-            "output_dir": str(partial),
-            "num_train_epochs": epochs,
-            "per_device_train_batch_size": batch_size,
-            "per_device_eval_batch_size": batch_size,
-            "learning_rate": learning_rate,
-            "warmup_steps": math.ceil(warmup_share * steps),
-            "eval_steps": math.ceil(steps / 4),
-            "logging_steps": max(1, steps // 20),
-            "bf16": bf16,
-            "gradient_checkpointing": gradient_checkpointing,
-            "seed": seed,
-        },
-    )
+    trainer = _trainer(model, tokenizer, rows, validation, training, out=partial)
     trainer.train()
+    steps = _steps(rows, training)
     if trainer.state.global_step != steps or len(trainer.train_dataset) != len(rows):
         raise RuntimeError(f"{trainer.state.global_step} of {steps} steps were taken: rows were lost on the way")
     save_adapter(trainer.model, partial)
@@ -171,38 +163,99 @@ def train(
     return training_table(trainer.state.log_history)
 
 
+def _steps(rows: Sequence[dict], training: Training) -> int:
+    return math.ceil(len(rows) / training.batch_size) * training.epochs
+
+
 def _trainer(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     rows: Sequence[dict],
     validation: Sequence[dict],
+    training: Training,
     *,
-    lora: dict[str, int],
-    arguments: dict,
+    out: Path,
 ) -> "RewardTrainer":
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers.modeling_outputs import SequenceClassifierOutput
     from transformers.trainer_callback import PrinterCallback
-    from trl import RewardConfig, RewardTrainer
 
-    def collate(rows: list[dict]) -> dict:
-        """Distinct completions, packed, where the chosen, then the rejected ones of P pairs are in them (2 P,), and
-        what was preferred in each aspect (P, A)."""
-        sides = [
-            [(number, tuple(ids)) for number, row in enumerate(rows) for ids in row[side]]
-            for side in ("chosen_ids", "rejected_ids")
-        ]
-        distinct = sorted(set(sides[0] + sides[1]))  # by document: its completions are neighbours
-        place = {key: index for index, key in enumerate(distinct)}
-        prompts = [tuple(row["prompt_ids"]) for row in rows]
-        completions = [Rollout(prompts[number], ids) for number, ids in distinct]
-        packed = pack(completions, pad=tokenizer.pad_token_id, dtype=model.dtype)
-        read = torch.tensor(sum(map(len, prompts)) + sum(len(row.ids) for row in completions))
-        places = torch.tensor([place[key] for side in sides for key in side])
-        aspects = torch.tensor([signs for row in rows for signs in row["aspects"]])
-        mine = {"packed": packed._asdict(), "places": places, "aspects": aspects}
-        return mine | {"attention_mask": read}  # trl counts tokens by the mask
+    trainer = _each_once()(
+        model=model,
+        processing_class=tokenizer,
+        args=_arguments(
+            _steps(rows, training), training, out=out, cpu=model.device.type == "cpu", validation=validation
+        ),
+        data_collator=functools.partial(_collate, pad=tokenizer.pad_token_id, dtype=model.dtype),
+        train_dataset=Dataset.from_list(list(rows)),
+        eval_dataset=Dataset.from_list(list(validation)) if validation else None,
+        peft_config=LoraConfig(
+            r=training.lora_rank,
+            lora_alpha=training.lora_alpha,
+            target_modules="all-linear",
+            exclude_modules=["score"],
+            modules_to_save=["score"],
+            task_type="CAUSAL_LM",
+            lora_dropout=0.0,
+        ),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _arguments(steps: int, training: Training, *, out: Path, cpu: bool, validation: Sequence[dict]) -> "RewardConfig":
+    from trl import RewardConfig
+
+    return RewardConfig(
+        output_dir=str(out),
+        num_train_epochs=training.epochs,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.batch_size,
+        learning_rate=training.learning_rate,
+        warmup_steps=math.ceil(training.warmup_share * steps),
+        lr_scheduler_type="cosine",
+        bf16=training.bf16,
+        gradient_checkpointing=training.gradient_checkpointing,
+        seed=training.seed,
+        use_cpu=cpu,
+        max_length=None,  # anything else drops rows silently
+        train_sampling_strategy="group_by_length",  # less padding
+        eval_strategy="steps" if validation else "no",
+        eval_on_start=bool(validation),
+        eval_steps=math.ceil(steps / 4),
+        logging_first_step=True,
+        logging_steps=max(1, steps // 20),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+
+
+def _collate(rows: list[dict], *, pad: int, dtype: torch.dtype) -> dict:
+    """Distinct completions, packed; where the chosen, then the rejected ones of P pairs are among them (2 P,); and
+    what was preferred in each aspect (P, A)."""
+    sides = [
+        [(number, tuple(ids)) for number, row in enumerate(rows) for ids in row[side]]
+        for side in ("chosen_ids", "rejected_ids")
+    ]
+    distinct = sorted(set(sides[0] + sides[1]))  # by document: its completions are neighbours
+    place = {key: index for index, key in enumerate(distinct)}
+    prompts = [tuple(row["prompt_ids"]) for row in rows]
+    completions = [Rollout(prompts[number], ids) for number, ids in distinct]
+    return {
+        "packed": pack(completions, pad=pad, dtype=dtype)._asdict(),
+        "places": torch.tensor([place[key] for side in sides for key in side]),
+        "aspects": torch.tensor([signs for row in rows for signs in row["aspects"]]),
+        # trl counts tokens by the mask
+        "attention_mask": torch.tensor(sum(map(len, prompts)) + sum(len(row.ids) for row in completions)),
+    }
+
+
+def _each_once() -> "type[RewardTrainer]":
+    """trl's trainer with the loss of pairs whose completions are each read once; imported when it is needed."""
+    from transformers.modeling_outputs import SequenceClassifierOutput
+    from trl import RewardTrainer
 
     class EachOnce(RewardTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
@@ -216,37 +269,7 @@ def _trainer(
             loss = loss + aspect_loss(*scores.chunk(2), aspects)
             return (loss, outputs) if return_outputs else loss
 
-    trainer = EachOnce(
-        model=model,
-        processing_class=tokenizer,
-        args=RewardConfig(
-            use_cpu=model.device.type == "cpu",
-            max_length=None,  # anything else drops rows silently
-            lr_scheduler_type="cosine",
-            train_sampling_strategy="group_by_length",  # less padding
-            logging_first_step=True,
-            eval_strategy="steps" if validation else "no",
-            eval_on_start=bool(validation),
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            **arguments,
-        ),
-        data_collator=collate,
-        train_dataset=Dataset.from_list(list(rows)),
-        eval_dataset=Dataset.from_list(list(validation)) if validation else None,
-        peft_config=LoraConfig(
-            target_modules="all-linear",
-            exclude_modules=["score"],
-            modules_to_save=["score"],
-            task_type="CAUSAL_LM",
-            lora_dropout=0.0,
-            **lora,
-        ),
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    return EachOnce
 
 
 def aspect_loss(chosen: torch.Tensor, rejected: torch.Tensor, aspects: torch.Tensor) -> torch.Tensor:
@@ -343,11 +366,11 @@ def margins(
     batch_size: int = 64,
 ) -> np.ndarray:
     """score(A) - score(B) of each preference, (N,); a completion that several pairs share is scored once."""
-    texts = list(dict.fromkeys((pair.prompt, text) for pair in preferences for text in (pair.a, pair.b)))
-    prompts, completions = [prompt for prompt, _ in texts], [text for _, text in texts]
-    scores = score(model, tokenizer, prompts, completions, batch_size=batch_size)
-    found = dict(zip(texts, scores, strict=True))
-    return np.array([found[pair.prompt, pair.a] - found[pair.prompt, pair.b] for pair in preferences])
+    sides = [(pair.prompt, ids) for pair in preferences for ids in (pair.a_ids, pair.b_ids)]
+    distinct = list(dict.fromkeys(sides))
+    prompts, completions = [prompt for prompt, _ in distinct], [list(ids) for _, ids in distinct]
+    found = dict(zip(distinct, score(model, tokenizer, prompts, completions, batch_size=batch_size), strict=True))
+    return np.array([found[pair.prompt, pair.a_ids] - found[pair.prompt, pair.b_ids] for pair in preferences])
 
 
 def save_record(

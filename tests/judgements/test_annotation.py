@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from erlib.documents.files import read_brief
-from erlib.judgements import agreement, annotation, store
+from erlib.judgements import annotation, sampling, store
 from erlib.task.forms import to_compact
 from erlib.task.jsonl import read_jsonl, write_jsonl
-from erlib.task.schema import ASPECTS, Entity, Exemplar, Report
+from erlib.task.schema import ASPECTS, Document, Entity, Exemplar, Report
 
 START = datetime(2026, 1, 1, 9, tzinfo=UTC)
 NAMES = ("ann", "bob", "cem", "dea")
@@ -44,13 +44,42 @@ def make(path: Path, *, pairs: int = 40, **changes: object) -> store.Store:
         "labels": [item(n) for n in range(pairs)],
         "training": [item(n, gold="A", kind="training") for n in range(10)],
         "annotators": NAMES,
-        "trial_pairs": 4,
-        "batch_pairs": 12,
-        "overlap": 2,
-        "pass_mark": 0.8,
-        "seed": 1,
     }
-    return store.create(path, **(values | changes))
+    rules = {"trial_pairs": 4, "batch_pairs": 12, "overlap": 2, "pass_mark": 0.8, "seed": 1}
+    rules |= {name: changes.pop(name) for name in rules if name in changes}
+    return store.create(path, store.Rules(**rules), **(values | changes))
+
+
+def drawn(pairs: int = 201) -> tuple[list[sampling.Sampled], list[sampling.Pair]]:
+    """What the pairs of `make` were drawn as: six completions per document, two for each of its three pairs.
+
+    The token ids of the pair n are (n, 0) for A and (n, 1) for B; in odd pairs B stands first among the completions.
+    """
+    samples, laid = [], []
+    for first in range(0, pairs, 3):
+        document, candidates = item(first).document_id, []
+        for number in range(first, first + 3):
+            one = item(number)
+            a, b = (len(candidates) + side for side in ((1, 0) if number % 2 else (0, 1)))
+            sides = [(one.a, (number, 0)), (one.b, (number, 1))]
+            candidates += [candidate(*side) for side in (sides[::-1] if number % 2 else sides)]
+            laid.append(
+                sampling.Pair(id=one.pair_id, document_id=document, a=a, b=b, split="train", checkpoint="c0ffee")
+            )
+        samples.append(
+            sampling.Sampled(
+                document=Document(id=document, text=item(first).document),
+                split="train",
+                checkpoint="c0ffee",
+                temperature=1.0,
+                completions=tuple(candidates),
+            )
+        )
+    return samples, laid
+
+
+def candidate(text: str, ids: tuple[int, ...]) -> sampling.Candidate:
+    return sampling.Candidate(text=text, ids=ids, logprob=0.0, token_logprobs=(), greedy=False, finished=True)
 
 
 def judgement(annotator: str, pair_id: str, *scores: int, seconds: float = 5.0) -> store.Judgement:
@@ -107,7 +136,7 @@ def test_a_round_gives_every_pair_its_judges_and_nobody_a_pair_twice(tmp_path):
     assert set(batches[1]) == {4} and {n for batch in (2, 3) for n in batches[batch]} == {2}
     loads = frame.groupby("annotator").size()
     assert loads.max() - loads.min() <= 1
-    assert len(annotation.preferences(book)) == 36 and book.missing() == 0
+    assert len(annotation.labelled(book, *drawn())) == 36 and book.missing() == 0
 
 
 # -- training, halts ----------------------------------------------------------------------------------------------
@@ -130,7 +159,7 @@ def test_who_misses_the_pass_mark_gets_no_pairs(tmp_path):
 def test_a_tie_misses_a_gold_judgement_and_too_few_annotators_stop_the_work(tmp_path):
     book = make(tmp_path / "s.sqlite")
     assert drive(book, lambda *_, position: dict.fromkeys(ASPECTS, 0)) == "short of annotators"
-    assert book.frame(kind="label").empty and annotation.preferences(book) == []
+    assert book.frame(kind="label").empty and annotation.labelled(book, *drawn()) == []
 
 
 def falling(annotator, document, a, b, *, position):
@@ -152,14 +181,14 @@ def test_work_halts_where_agreement_falls_and_goes_on_after_a_note(tmp_path):
     assert annotation.proceed(book, resume_note="the brief was unclear on places", at=START) == "labelling"
     assert drive(book, falling) == "halted"
     assert annotation.proceed(book, resume_note="the brief was unclear on places", at=START) == "halted"  # said before
-    assert len(annotation.preferences(book)) == 30 * (done + 1)
+    assert len(annotation.labelled(book, *drawn())) == 30 * (done + 1)
 
 
 def test_a_program_that_tires_rests_at_a_halt_and_ends_the_work(tmp_path):
     book = make(tmp_path / "s.sqlite", pairs=200, batch_pairs=30, trial_pairs=0)
     seconds, rest = (lambda *_: 10.0), timedelta(hours=16)
     assert annotation.drive(book, falling, seconds=seconds, started=START, rest=rest) == "done"
-    assert len(annotation.preferences(book)) == 200
+    assert len(annotation.labelled(book, *drawn())) == 200
     events = book.table("events")
     halts, resumed = (events[events["kind"] == kind] for kind in ("halt", "resume"))
     assert len(halts) == len(resumed) >= 1
@@ -295,7 +324,7 @@ def test_people_judge_through_files_until_all_is_done(tmp_path):
         assert recorded.new + recorded.unchanged == len(rows) and recorded.new > 0
         missing.append(book.missing())
     assert missing[0] == 56 + 36 * 2 and missing[-1] == 0
-    assert len(annotation.preferences(book)) == 36
+    assert len(annotation.labelled(book, *drawn())) == 36
 
 
 def test_bad_lines_are_named_with_their_reason_and_nothing_is_imported(tmp_path):
@@ -330,7 +359,7 @@ def test_bad_lines_are_named_with_their_reason_and_nothing_is_imported(tmp_path)
 _WRITER = """
 import sys
 from erlib.judgements import store
-from erlib.schema import ASPECTS
+from erlib.task.schema import ASPECTS
 path, name, mode = sys.argv[1:]
 book = store.Store(path)
 print("ready", flush=True)
@@ -412,15 +441,15 @@ def test_preferences_are_signs_of_mean_sums_and_read_back(tmp_path):
 
     book = make(tmp_path / "s.sqlite", pairs=12, trial_pairs=4)
     assert drive(book, judge) == "done"
-    table = annotation.export(book, tmp_path, seed=0)
+    samples, pairs = drawn()
+    table = annotation.export(book, tmp_path, samples=samples, pairs=pairs, seed=0)
     found = annotation.read_preferences(tmp_path / "preferences.jsonl", checkpoint="c0ffee")
-    assert found == annotation.preferences(book) and len(found) == 8
+    assert found == annotation.labelled(book, *drawn()) and len(found) == 8
     assert found[0].prompt.endswith("\nReport:\n") and found[0].score == 0 and found[0].preference == "tie"
     assert sorted(found[0].votes) == ["A", "B", "B", "tie"]
     assert found[0].aspects == {"entities": 0.5, "relationships": -0.5, "summaries": 0.0}
-    ratings, groups = annotation.votes(found)
     value = table.set_index(["subject", "measure"])["value"]["preference", "raw agreement"]
-    assert agreement.raw(ratings, groups).value == pytest.approx(value) == pytest.approx(1 / 6)
+    assert value == pytest.approx(1 / 6)  # of six pairs of votes one is equal, B and B
     with pytest.raises(ValueError, match=r"preferences.jsonl:1: .*checkpoint c0ffee.*bead"):
         annotation.read_preferences(tmp_path / "preferences.jsonl", checkpoint="bead")
     with open(tmp_path / "preferences.jsonl", "a") as file:
@@ -429,12 +458,27 @@ def test_preferences_are_signs_of_mean_sums_and_read_back(tmp_path):
         annotation.read_preferences(tmp_path / "preferences.jsonl", checkpoint="c0ffee")
 
 
+def test_a_preference_has_the_token_ids_that_were_sampled_for_its_sides(tmp_path):
+    book = make(tmp_path / "s.sqlite")
+    drive(book)
+    samples, pairs = drawn()
+    for found in annotation.labelled(book, samples, pairs):
+        number = int(found.pair_id.removeprefix("pair-"))
+        assert (found.a_ids, found.b_ids) == ((number, 0), (number, 1))
+        assert (found.a, found.b) == (item(number).a, item(number).b)
+    laid = annotation.items(samples, pairs)
+    assert [(one.a, one.b) for one in laid[:6]] == [("Korvex|organisation", "none")] * 6
+    with pytest.raises(KeyError):
+        annotation.labelled(book, samples, pairs[:3])
+
+
 def test_the_export_holds_everything_and_the_same_work_gives_the_same_bytes(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         book = make(tmp_path / f"{name}.sqlite")
         drive(book)
-        annotation.export(book, tmp_path / name, seed=0)
+        samples, pairs = drawn()
+        annotation.export(book, tmp_path / name, samples=samples, pairs=pairs, seed=0)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert files == ["agreement.csv", "judgements.jsonl", "preferences.jsonl", "store.sqlite"]
     for file in files:

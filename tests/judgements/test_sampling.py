@@ -1,5 +1,6 @@
 """Sampling: splits that nothing crosses, completions and their log-probabilities, the temperature rule, refusals."""
 
+import dataclasses
 import difflib
 import itertools
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from erlib.documents import reserve
 from erlib.judgements import sampling
 from erlib.lm import models
 from erlib.task.forms import short_prompt
@@ -18,6 +20,7 @@ from erlib.task.schema import Brief, Document, Kind
 from erlib.world import pretrain
 
 FRACTIONS = {"train": 0.6, "validation": 0.2, "test": 0.2}
+SETTINGS = sampling.Sampling(checkpoint="c" * 64, max_new_tokens=12, batch_size=8, seed=0)
 WORDS = ["Kor", "Vel", "Tamu", "Osti", "Brin", "Zan", "Mel", "Dro", "sold", "bought", "sued", "left"]
 DOCUMENTS = [
     Document(id=f"d{number:02d}", text=" ".join((*words, str(number))))
@@ -50,12 +53,13 @@ def model(tokenizer):
 
 
 def draw(model, tokenizer, **changed):
-    settings_ = {"k": 4, "temperature": 0.8, "max_new_tokens": 12, "batch_size": 8, "seed": 0, "checkpoint": "c" * 64}
-    return sampling.draw(model, tokenizer, {"train": DOCUMENTS[:6], "test": DOCUMENTS[6:9]}, **settings_ | changed)
+    how = {"k": 4, "temperature": 0.8} | {name: changed.pop(name) for name in ("k", "temperature") if name in changed}
+    parts = {"train": DOCUMENTS[:6], "test": DOCUMENTS[6:9]}
+    return sampling.draw(model, tokenizer, parts, dataclasses.replace(SETTINGS, **changed), **how)
 
 
-def completion(text, *, greedy=False, logprob=-1.0):
-    return sampling.Completion(
+def candidate(text, *, greedy=False, logprob=-1.0):
+    return sampling.Candidate(
         text=text, ids=(5, 2), logprob=logprob, token_logprobs=(logprob, 0.0), greedy=greedy, finished=True
     )
 
@@ -66,25 +70,37 @@ def sample(texts, *, document=DOCUMENTS[0], split="train", temperature=1.0, gree
         split=split,
         checkpoint="c" * 64,
         temperature=temperature,
-        completions=tuple(completion(t, greedy=n == greedy, logprob=-1.0 - n) for n, t in enumerate(texts)),
+        completions=tuple(candidate(t, greedy=n == greedy, logprob=-1.0 - n) for n, t in enumerate(texts)),
     )
 
 
 # -- documents and splits -----------------------------------------------------------------------------------------
 
 
-def test_rounds_share_no_document_and_take_none_with_a_report():
-    reported = ["d03", "d07"]
-    rounds = [
-        sampling.documents_of_round(DOCUMENTS, reported, n=7, round_number=number, seed=1) for number in (1, 2, 3)
+def test_documents_that_leave_no_room_for_a_report_do_not_fit(tokenizer):
+    long = Document(id="long", text="Kor sold Vel " * 40)
+    tokens = {document.id: len(models.encode_prompt(tokenizer, short_prompt(document.text))) for document in DOCUMENTS}
+    longest = max(tokens.values())
+    fits = sampling.fits(tokenizer, max_tokens=longest + 12, max_new_tokens=12)
+    assert all(map(fits, DOCUMENTS)) and not fits(long)
+    tighter = sampling.fits(tokenizer, max_tokens=longest + 12, max_new_tokens=13)
+    assert [document.id for document in DOCUMENTS if not tighter(document)] == [
+        name for name, n in tokens.items() if n == longest
     ]
-    ids = [document.id for part in rounds for document in part]
-    assert len(ids) == len(set(ids)) == 21
-    assert not set(ids) & set(reported)
-    again = sampling.documents_of_round(DOCUMENTS[::-1], reported, n=7, round_number=2, seed=1)
-    assert again == rounds[1]
-    with pytest.raises(ValueError, match="a round needs 28 .* there are 22: lower n_documents"):
-        sampling.documents_of_round(DOCUMENTS, reported, n=7, round_number=4, seed=1)
+
+
+def test_rounds_share_no_document_and_take_none_with_a_report(tokenizer):
+    """As notebook 04 draws them: each round reads what was reserved before it."""
+    fits = sampling.fits(tokenizer, max_tokens=1024, max_new_tokens=12)
+    reserved, rounds = {"d03": "02 reports", "d07": "02 reports"}, []
+    for number in (1, 2, 3):
+        purpose = f"round {number}: sampling"
+        drawn = reserve.draw(DOCUMENTS, 7, purpose=purpose, earlier=reserved, seed=1, fits=fits)
+        rounds.append({document.id for document in drawn.documents})
+        reserved = reserve.merged(reserved, drawn.reserved)
+    assert len(set.union(*rounds)) == 21 and not set.union(*rounds) & {"d03", "d07"}
+    with pytest.raises(ValueError, match="round 4: sampling: 7 documents are wanted, 1 of the 1 free ones fit"):
+        reserve.draw(DOCUMENTS, 7, purpose="round 4: sampling", earlier=reserved, seed=1, fits=fits)
 
 
 def similar(a, b):
@@ -210,8 +226,7 @@ def test_logprobs_are_those_of_a_direct_computation_at_temperature_one(model, to
 
 
 def test_a_sweep_shares_the_greedy_completion_and_gets_wilder_with_the_temperature(model, tokenizer):
-    fixed = {"max_new_tokens": 12, "batch_size": 8, "seed": 0, "checkpoint": "c" * 64}
-    swept = sampling.sweep(model, tokenizer, DOCUMENTS[:8], temperatures=[1.5, 1e-4], **fixed)
+    swept = sampling.sweep(model, tokenizer, DOCUMENTS[:8], SETTINGS, temperatures=[1.5, 1e-4])
     assert [one.temperature for one in swept] == [1e-4] * 8 + [1.5] * 8
     assert {one.split for one in swept} == {"trial"}
     greedy = [next(c for c in one.completions if c.greedy) for one in swept]
@@ -221,7 +236,21 @@ def test_a_sweep_shares_the_greedy_completion_and_gets_wilder_with_the_temperatu
     assert list(table["completions"]) == [8, 8, 8]
     assert table["distinct"][1e-4] == 1 < table["distinct"][1.5]
     assert table["logprob"][0.0] > table["logprob"][1.5]
-    assert sampling.sweep(model, tokenizer, DOCUMENTS[:8], temperatures=[], **fixed) == []
+    assert sampling.sweep(model, tokenizer, DOCUMENTS[:8], SETTINGS, temperatures=[]) == []
+
+
+def test_the_table_has_every_completion_in_its_place(model, tokenizer):
+    samples = draw(model, tokenizer)
+    table = sampling.table(samples, brief=BRIEF)
+    every = [(one, found) for one in samples for found in one.completions]
+    assert list(table["ids"]) == [found.ids for _, found in every]
+    assert list(table["text"]) == [found.text for _, found in every]
+    assert list(table["document_id"]) == [one.document.id for one, _ in every]
+    assert list(table["temperature"]) == [0.0 if found.greedy else 0.8 for _, found in every]
+    assert table["valid"].mean() == pytest.approx(
+        (sampling.describe(samples, brief=BRIEF)[["completions", "parse_valid"]].prod(axis=1)).sum() / len(table)
+    )
+    assert "valid" not in sampling.table(samples)
 
 
 def test_pairs_need_two_completions_and_some_heat(model, tokenizer):
@@ -262,6 +291,21 @@ def test_outcomes_are_told_from_the_order_and_ties_stay_in_the_denominator():
     assert (row.low, row.high) == pytest.approx((0.1876, 0.8124), abs=1e-4)  # Wilson, 3 of 6
     with pytest.raises(ValueError, match="d00@1 has no judgement"):
         sampling.comparisons(samples, sampling.trials(samples, seed=0))
+
+
+def test_a_judge_sees_the_trials_in_turn_and_the_sum_of_its_scores_decides():
+    samples = [sample(["x", "y"], document=document) for document in DOCUMENTS[:3]]
+    asked = sampling.trials(samples, seed=0)
+    seen = []
+
+    def judge(document, a, b, *, position):
+        seen.append((document, a, b, position))
+        return {"entities": 2, "relationships": -1, "summaries": -position}
+
+    found = sampling.judged(asked, judge)
+    assert seen == [(trial.document, trial.a, trial.b, place) for place, trial in enumerate(asked)]
+    assert [trial.preference for trial in found] == ["A", "tie", "B"]
+    assert [trial.model_copy(update={"preference": None}) for trial in found] == asked
 
 
 def test_trials_hide_which_completion_is_greedy_and_leave_out_identical_ones():

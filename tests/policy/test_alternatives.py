@@ -1,5 +1,6 @@
 """DPO and RLOO on a tiny model, what is dropped and counted, best-of-n against enumeration, and the diagnosis."""
 
+import functools
 import itertools
 import math
 
@@ -22,6 +23,20 @@ DOCUMENTS = [Document(id=f"d{i}", text=f"{NAMES[i % 8]} is here, </s> {i}.") for
 PROMPTS = [short_prompt(document.text) for document in DOCUMENTS]
 
 
+def report(index):
+    return f"{NAMES[index % 8]}|organisation"
+
+
+@functools.cache
+def trained_tokenizer():
+    return pretrain.train_tokenizer([prompt + report(i) + "none" for i, prompt in enumerate(PROMPTS)], vocab_size=320)
+
+
+def sampled(text):
+    """Token ids of a report as a policy samples them, with the end token."""
+    return tuple(models.encode_completion(trained_tokenizer(), text))
+
+
 def pair(index, *, a, b, preferred):
     """The label of one pair of reports of document `index`."""
     return Preference(
@@ -32,15 +47,13 @@ def pair(index, *, a, b, preferred):
         prompt=PROMPTS[index],
         a=a,
         b=b,
+        a_ids=sampled(a),
+        b_ids=sampled(b),
         preference=preferred,
         score={"A": 1.0, "tie": 0.0, "B": -1.0}[preferred],
         votes=(preferred,),
         aspects={},
     )
-
-
-def report(index):
-    return f"{NAMES[index % 8]}|organisation"
 
 
 PAIRS = [
@@ -51,7 +64,7 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return pretrain.train_tokenizer([prompt + report(i) + "none" for i, prompt in enumerate(PROMPTS)], vocab_size=320)
+    return trained_tokenizer()
 
 
 @pytest.fixture

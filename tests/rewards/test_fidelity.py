@@ -22,6 +22,8 @@ def preference(document, pair, *, label="A", score=None, votes=None, a="aa", b="
         prompt=short_prompt(document),
         a=a,
         b=b,
+        a_ids=tuple(a.encode()),
+        b_ids=tuple(b.encode()),
         preference=label,
         score=sign * 2 if score is None else score,
         votes=(label,) if votes is None else votes,
@@ -30,7 +32,7 @@ def preference(document, pair, *, label="A", score=None, votes=None, a="aa", b="
 
 
 def table(preferences, margins):
-    logprobs = {(p.document_id, text): -float(len(text)) for p in preferences for text in (p.a, p.b)}
+    logprobs = {(p.document_id, ids): -float(len(ids)) for p in preferences for ids in (p.a_ids, p.b_ids)}
     return fidelity.pair_table(preferences, margins, logprobs=logprobs)
 
 

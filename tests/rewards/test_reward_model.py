@@ -1,5 +1,6 @@
 """The reward model on a tiny checkpoint: rows, what is saved, where scores are read, learning, reproducibility."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -22,16 +23,38 @@ GOOD, BAD = "Kor|organisation|firm", "Kor|person|firm"
 NAMES = ["Kor", "Vel", "Tamu", "Osti", "Brin", "Zan", "Mel", "Dro"]
 
 
-def preference(number, a, b, label="A", **changed):
+def prompt(number):
+    return short_prompt(f"{NAMES[number % len(NAMES)]} is here, </s> {number}.")
+
+
+def reports(number):
+    """A report with the right type, and one with the wrong one."""
     name = NAMES[number % len(NAMES)]
+    return f"{name}|organisation|firm", f"{name}|person|firm"
+
+
+@functools.cache
+def trained_tokenizer():
+    texts = ["".join((prompt(number), *reports(number))) for number in range(32)]
+    return pretrain.train_tokenizer(texts, vocab_size=320)
+
+
+def sampled(text):
+    """Token ids of a report as a policy samples them, with the end token."""
+    return tuple(models.encode_completion(trained_tokenizer(), text))
+
+
+def preference(number, a, b, label="A", **changed):
     record = {
         "pair_id": f"d{number}#{changed.pop('pair', '0-1')}",
         "document_id": f"d{number}",
         "split": "train",
         "checkpoint": "c" * 64,
-        "prompt": short_prompt(f"{name} is here, </s> {number}."),
+        "prompt": prompt(number),
         "a": a,
         "b": b,
+        "a_ids": sampled(a),
+        "b_ids": sampled(b),
         "preference": label,
         "score": {"A": 2.0, "tie": 0.0, "B": -2.0}[label],
         "votes": (label,),
@@ -42,8 +65,7 @@ def preference(number, a, b, label="A", **changed):
 
 def learnable(number):
     """A preference for the right type, as A in even documents and as B in odd ones."""
-    name = NAMES[number % len(NAMES)]
-    good, bad = f"{name}|organisation|firm", f"{name}|person|firm"
+    good, bad = reports(number)
     return preference(number, good, bad, "A") if number % 2 == 0 else preference(number, bad, good, "B")
 
 
@@ -52,8 +74,7 @@ PREFERENCES = [learnable(number) for number in range(32)]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    texts = [pair.prompt + pair.a + pair.b for pair in PREFERENCES]
-    return pretrain.train_tokenizer(texts, vocab_size=320)
+    return trained_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +92,8 @@ def checkpoint(tokenizer, tmp_path_factory):
 def train(checkpoint, tokenizer, out, preferences=PREFERENCES, **changed):
     rows = reward_model.encode(preferences, tokenizer, max_tokens=100).rows
     values = {"epochs": 6, "batch_size": 4, "learning_rate": 1e-2, "lora_rank": 4, "lora_alpha": 8, "seed": 1}
-    return reward_model.train(checkpoint, rows, out=out, **values | changed)
+    given = {name: changed.pop(name) for name in ("validation", "expected") if name in changed}
+    return reward_model.train(checkpoint, rows, reward_model.Training(**values | changed), out=out, **given)
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +124,19 @@ def test_a_row_is_a_document_and_its_preferred_sides_come_first(tokenizer):
     assert (encoded.n_pairs, encoded.rows[0]["length"]) == (3, len(encoded.rows[0]["prompt_ids"]) + longest)
 
 
-def test_the_end_token_is_last_and_the_text_of_a_special_token_stays_text(tokenizer):
-    for row in reward_model.encode([preference(0, "</s><pad>", BAD)], tokenizer, max_tokens=100).rows:
-        for ids in (*row["chosen_ids"], *row["rejected_ids"]):
-            assert ids.count(tokenizer.eos_token_id) == 1
-            assert ids[-1] == tokenizer.eos_token_id
-            assert tokenizer.pad_token_id not in ids
+def test_the_ids_that_were_sampled_are_learnt_from_not_those_of_the_text(tokenizer):
+    """A completion that ran out of tokens has no end, and one that was spelt otherwise stays so."""
+    spelt = tuple(token for letter in GOOD for token in sampled(letter)[:-1])
+    assert spelt != sampled(GOOD)[:-1]
+    pair = preference(0, GOOD, BAD, "B").model_copy(update={"a_ids": spelt})
+    (row,) = reward_model.encode([pair], tokenizer, max_tokens=100).rows
+    assert (row["rejected_ids"], row["chosen_ids"]) == ([list(spelt)], [list(sampled(BAD))])
+    assert row["length"] == len(row["prompt_ids"]) + max(len(spelt), len(sampled(BAD)))
+
+
+def test_the_text_of_a_special_token_in_a_document_stays_text(tokenizer):
+    (row,) = reward_model.encode([preference(0, GOOD, BAD)], tokenizer, max_tokens=100).rows
+    assert "</s>" in prompt(0) and tokenizer.eos_token_id not in row["prompt_ids"]
 
 
 def test_aspects_are_seen_from_the_preferred_side(tokenizer):
@@ -178,7 +207,7 @@ def test_the_step_that_reads_a_completion_once_has_the_loss_of_its_pairs(checkpo
 
 def test_another_process_writes_the_same_bytes(checkpoint, tokenizer, tmp_path):
     source = (
-        "import sys; from pathlib import Path; sys.path.insert(0, 'tests')\n"
+        "import sys; from pathlib import Path; sys.path.insert(0, 'tests/rewards')\n"
         "import test_reward_model as t; from erlib.lm import models\n"
         "start, out = map(Path, sys.argv[1:]); tokenizer = models.load(start)[1]\n"
         "t.train(start, tokenizer, out, t.PREFERENCES[:8], epochs=2)\n"
