@@ -187,16 +187,16 @@ def faults(counts: "pd.DataFrame") -> "Figure":
 # -- 04 sampling --------------------------------------------------------------------------------------------------
 
 
-def temperature_sweep(table: "pd.DataFrame", *, temperature: float, judge: str) -> "Figure":
+def temperature_sweep(table: "pd.DataFrame", *, temperature: float, limit: float, judges: str) -> "Figure":
     """Draw by temperature how often the greedy completion was preferred, and every outcome: `by_temperature`'s table.
 
-    `judge` says who judged; `temperature` is the one chosen.
+    `judges` says who judged; `temperature` is the one chosen, `limit` the share above which it is too hot.
     """
-    figure, (shares, outcomes) = _axes(f"How hot before greedy is preferred? ({judge})", width=9.0, columns=2)
+    figure, (shares, outcomes) = _axes(f"How hot before greedy is preferred? ({judges})", width=9.0, columns=2)
     spread = [(table["share"] - table["low"]).clip(0), (table["high"] - table["share"]).clip(0)]  # rounding at 0 and 1
     shares.errorbar(table.index, table["share"], spread, color=BLUE, marker="o", capsize=3, label="all comparisons")
     shares.plot(table.index, table["decided_share"], color=GREY, linestyle=":", marker=".", label="ties left out")
-    shares.axhline(0.5, color=VERMILION, linewidth=1, linestyle="--", label="limit")
+    shares.axhline(limit, color=VERMILION, linewidth=1, linestyle="--", label="limit")
     shares.axvline(temperature, color="black", linewidth=1)
     shares.annotate(f" T = {temperature:g}", (temperature, 0.03), xycoords=("data", "axes fraction"))
     shares.set(xlabel="temperature", ylabel="greedy preferred, 95 % interval", ylim=(-0.02, 1.02))
@@ -211,9 +211,9 @@ def temperature_sweep(table: "pd.DataFrame", *, temperature: float, judge: str) 
     return figure
 
 
-def logprob_preference(binned: "pd.DataFrame", *, judge: str) -> "Figure":
+def logprob_preference(binned: "pd.DataFrame", *, judges: str) -> "Figure":
     """Draw the share that preferred each completion by log-probability difference: `by_logprob`'s table."""
-    figure, (axis,) = _axes(f"Is what the model finds likelier also preferred? ({judge})")
+    figure, (axis,) = _axes(f"Is what the model finds likelier also preferred? ({judges})")
     for preferred, colour, label in (("greedy", BLUE, "greedy preferred"), ("sample", GREEN, "sample preferred")):
         rows = binned[binned["preferred"] == preferred]
         spread = [(rows["value"] - rows["low"]).clip(0), (rows["high"] - rows["value"]).clip(0)]  # rounding at 0 and 1
@@ -277,7 +277,7 @@ def scores(frame: "pd.DataFrame", *, judges: str) -> "Figure":
 
 
 def reward_training(log: "pd.DataFrame") -> "Figure":
-    """Draw the log of `reward.train` by step: loss and accuracy on training and on validation pairs."""
+    """Draw the log of `reward_model.train` by step: loss and accuracy on training and on validation pairs."""
     figure, axes = _axes("Does it learn an order that holds on other documents?", width=9.0, columns=2)
     chance = {"loss": 1.386, "accuracy": 0.5}  # ln 2 for the sum, and ln 2 for the aspects beside it
     labels = {"loss": "loss per pair, sum and aspects (nats)", "accuracy": "accuracy"}

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from erlib.judgements import agreement
 from erlib.judgements.store import Choice, Item, Judgement, State, Store, choice
-from erlib.task import metrics, utility
+from erlib.task import evaluation, metrics, utility
 from erlib.task.forms import short_prompt, to_compact
 from erlib.task.jsonl import numbered_rows, write_jsonl
 from erlib.task.schema import ASPECTS, Brief, Exemplar, Name, Report
@@ -87,6 +87,15 @@ def items(samples: "Iterable[Sampled]", pairs: "Iterable[Pair]") -> list[Item]:
         document = sampled.document
         laid.append(Item(pair_id=pair.id, document_id=document.id, split=pair.split, document=document.text, a=a, b=b))
     return laid
+
+
+def read_reports(files: Mapping[str, Path]) -> dict[str, dict[str, Report]]:
+    """Read the predictions of several systems, a file each: system → document id → report."""
+    reports = {}
+    for name, file in files.items():
+        documents, predicted = evaluation.read_predictions(file)
+        reports[name] = {document.id: found.report for document, found in zip(documents, predicted, strict=True)}
+    return reports
 
 
 def training_items(

@@ -1,10 +1,9 @@
 """Completions to compare: drawn from one merged checkpoint, split by document, paired.
 
-1. `fits`                 which documents leave room for a report: `documents.reserve` gives a round those that do;
-2. `split`                documents → train, validation, test, before anything is paired; near duplicates stay together;
-3. `sweep` … `choose_temperature`   how hot can sampling be before people prefer the greedy completion?
-4. `draw`                 per document one greedy completion and k - 1 at temperature T, in an order that is shuffled;
-5. `pairs`, `leaks`       C(k, 2) pairs per document, identical ones dropped; does anything cross a split?
+1. `split`                documents → train, validation, test, before anything is paired; near duplicates stay together;
+2. `sweep` … `choose_temperature`   how hot can sampling be before people prefer the greedy completion?
+3. `draw`                 per document one greedy completion and k - 1 at temperature T, in an order that is shuffled;
+4. `pairs`, `leaks`       C(k, 2) pairs per document, identical ones dropped; does anything cross a split?
 
 What `lm.models.generate` completes becomes a `Candidate`, the record in `samples.jsonl`. A `Pair` refers to two of them
 by their places, and the token ids that were sampled are those that the reward model is trained on and scores.
@@ -101,16 +100,6 @@ class Trial(BaseModel):
 # -- documents ----------------------------------------------------------------------------------------------------
 
 
-def fits(tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int, max_new_tokens: int) -> Callable[[Document], bool]:
-    """Give the test whether a document's short prompt leaves room for `max_new_tokens` among `max_tokens` tokens."""
-
-    def fitting(document: Document) -> bool:
-        prompt = models.encode_prompt(tokenizer, short_prompt(document.text))
-        return len(prompt) + max_new_tokens <= max_tokens
-
-    return fitting
-
-
 def near_duplicates(texts: Sequence[str], *, similarity: float) -> list[tuple[int, int, float]]:
     """Every two texts, i < j, whose indel similarity without case and punctuation is at least `similarity` (0 to 1).
 
@@ -122,6 +111,14 @@ def near_duplicates(texts: Sequence[str], *, similarity: float) -> list[tuple[in
     scores = process.cdist(plain, plain, scorer=fuzz.ratio, score_cutoff=100 * similarity, dtype=np.float32)
     rows, columns = np.nonzero(np.triu(scores, k=1))
     return [(int(i), int(j), float(scores[i, j]) / 100) for i, j in zip(rows, columns, strict=True)]
+
+
+def closest(documents: Sequence[Document], *, similarity: float) -> pd.DataFrame:
+    """The `near_duplicates` among documents in full text, the closest first: columns similarity, one, other."""
+    texts = [document.text for document in documents]
+    found = near_duplicates(texts, similarity=similarity)
+    rows = [(value, texts[i], texts[j]) for i, j, value in sorted(found, key=lambda one: -one[2])]
+    return pd.DataFrame(rows, columns=["similarity", "one", "other"])
 
 
 def split(
@@ -463,6 +460,17 @@ def pairs(samples: Sequence[Sampled], *, seed: int) -> tuple[list[Pair], pd.Data
             kept.append(Pair(id=name, a=a, b=b, **origin))
     columns = ["split", "documents", "without_pair", "pairs", "identical"]
     return kept, pd.DataFrame(counts, columns=columns).groupby("split", sort=False).sum().astype(int)
+
+
+def greedy_sides(samples: Sequence[Sampled], pairs: Sequence[Pair]) -> dict[str, int]:
+    """In how many pairs the greedy completion is A, and in how many B: about as many, as lots decide."""
+    by_document = {sample.document.id: sample.completions for sample in samples}
+    sides = {"A": 0, "B": 0}
+    for pair in pairs:
+        completions = by_document[pair.document_id]
+        sides["A"] += completions[pair.a].greedy
+        sides["B"] += completions[pair.b].greedy
+    return sides
 
 
 def leaks(samples: Sequence[Sampled], pairs: Sequence[Pair], *, similarity: float) -> pd.DataFrame:

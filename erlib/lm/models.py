@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from erlib.lm import parallel
-from erlib.task.forms import flatten
+from erlib.task.forms import flatten, short_prompt
+from erlib.task.schema import Document
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -99,6 +100,14 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[
     if not isinstance(prompt, str):
         return list(prompt)
     return tokenizer(prompt, split_special_tokens=True)["input_ids"]
+
+
+def fits(tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int, max_new_tokens: int) -> Callable[[Document], bool]:
+    """Tells of a document whether its short prompt and the longest report have `max_tokens` together at most.
+
+    It is what `reserve.draw` asks of the documents that a phase reads.
+    """
+    return lambda document: len(encode_prompt(tokenizer, short_prompt(document.text))) + max_new_tokens <= max_tokens
 
 
 def encode_completion(tokenizer: "PreTrainedTokenizerBase", completion: Prompt) -> list[int]:

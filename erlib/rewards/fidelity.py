@@ -6,7 +6,7 @@ headline; accuracy against single *votes* is what agreement between annotators b
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -25,19 +25,32 @@ Against = Literal["label", "vote"]
 # -- pairs --------------------------------------------------------------------------------------------------------
 
 
+def margins(preferences: "Sequence[Preference]", completions: pd.DataFrame, scores: np.ndarray) -> np.ndarray:
+    """Scores of A minus scores of B of each preference, (P, A) by aspect.
+
+    `completions` are rows of `sampling.table` and `scores` (N, A) theirs; sides are found by document and token ids.
+    KeyError for one that is not among them.
+    """
+    of = dict(zip(_keys(completions), scores, strict=True))
+    found = [of[pair.document_id, pair.a_ids] - of[pair.document_id, pair.b_ids] for pair in preferences]
+    return np.array(found).reshape(-1, scores.shape[1])
+
+
+def _keys(completions: pd.DataFrame) -> Iterator[tuple[str, tuple[int, ...]]]:
+    return zip(completions["document_id"], completions["ids"], strict=True)
+
+
 def pair_table(
-    preferences: "Sequence[Preference]",
-    margins: Sequence[float],
-    *,
-    logprobs: Mapping[tuple[str, tuple[int, ...]], float],
+    preferences: "Sequence[Preference]", margins: Sequence[float], *, completions: pd.DataFrame
 ) -> pd.DataFrame:
-    """One row a pair, what annotators and predictors say of it, always as A minus B.
+    """One row per pair, what annotators and predictors say of it, always as A minus B.
 
     `label` is 1 for A, 0 for a tie, -1 for B; `strength` the mean summed score of the annotators; `votes_a`, `votes_b`
     and `votes` how many said A, B, anything; `margin` the difference of the scores, `longer` of the characters,
-    `likelier` of the log-probabilities, looked up in `logprobs` by document id and token ids. Beside them `pair_id`,
-    `document_id` and `split`.
+    `likelier` of the log-probabilities in `completions`, rows of `sampling.table`. Beside them `pair_id`, `document_id`
+    and `split`.
     """
+    logprobs = dict(zip(_keys(completions), completions["logprob"], strict=True))
     rows = [
         {
             "pair_id": pair.pair_id,

@@ -8,18 +8,24 @@ a reward model, come from stated constants. Numbers that come from it are labell
 
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from erlib.documents import corpus
-from erlib.task import utility
+from erlib.judgements.store import choice
+from erlib.task import metrics, utility
 from erlib.task.forms import parse_compact
 from erlib.task.schema import ASPECTS, Brief
 from erlib.world.stream import Sample
 
+if TYPE_CHECKING:
+    from erlib.judgements.annotation import Preference
+
 LABEL = "simulated panel"
+OPENED = datetime(2026, 1, 1, 9, tzinfo=UTC)  # when the panel's own clock starts
 
 STRONG = 0.8  # a difference in utility above this is "much better" (2), below it "better" (1)
 _WORDS_A_SECOND = 4.0  # silent reading of short posts, 240 words a minute
@@ -100,6 +106,20 @@ class Panel:
         """How long the annotator takes over a pair, on a clock as simulated as the rest: reading, then thinking."""
         words = sum(len(text.split()) for text in (document, a.replace("|", " "), b.replace("|", " ")))
         return round(words / _WORDS_A_SECOND + self.profiles[annotator].seconds, 1)
+
+    def right(self, preferences: "Iterable[Preference]", *, texts: Mapping[str, str]) -> metrics.Interval:
+        """Share of labels that name the report that is truly worth more, with its Wilson interval.
+
+        `texts` are the documents' by id. Reports of equal worth have no better one and are left out; a label that
+        calls the others a tie is wrong.
+        """
+        right = []
+        for pair in preferences:
+            document = texts[pair.document_id]
+            a, b = (sum(self.utility(document, report).values()) for report in (pair.a, pair.b))
+            if a != b:
+                right.append(pair.preference == choice(a - b))
+        return metrics.wilson(sum(right), len(right))
 
     def _reading(self, document: str, text: str) -> "_Reading":
         truth = self._truths.get(corpus.clean(document))

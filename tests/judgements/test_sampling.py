@@ -77,21 +77,9 @@ def sample(texts, *, document=DOCUMENTS[0], split="train", temperature=1.0, gree
 # -- documents and splits -----------------------------------------------------------------------------------------
 
 
-def test_documents_that_leave_no_room_for_a_report_do_not_fit(tokenizer):
-    long = Document(id="long", text="Kor sold Vel " * 40)
-    tokens = {document.id: len(models.encode_prompt(tokenizer, short_prompt(document.text))) for document in DOCUMENTS}
-    longest = max(tokens.values())
-    fits = sampling.fits(tokenizer, max_tokens=longest + 12, max_new_tokens=12)
-    assert all(map(fits, DOCUMENTS)) and not fits(long)
-    tighter = sampling.fits(tokenizer, max_tokens=longest + 12, max_new_tokens=13)
-    assert [document.id for document in DOCUMENTS if not tighter(document)] == [
-        name for name, n in tokens.items() if n == longest
-    ]
-
-
 def test_rounds_share_no_document_and_take_none_with_a_report(tokenizer):
     """As notebook 04 draws them: each round reads what was reserved before it."""
-    fits = sampling.fits(tokenizer, max_tokens=1024, max_new_tokens=12)
+    fits = models.fits(tokenizer, max_tokens=1024, max_new_tokens=12)
     reserved, rounds = {"d03": "02 reports", "d07": "02 reports"}, []
     for number in (1, 2, 3):
         purpose = f"round {number}: sampling"
@@ -121,6 +109,9 @@ def test_near_duplicates_are_those_of_a_naive_count():
     naive = {(i, j): similar(texts[i], texts[j]) for i, j in itertools.combinations(range(5), 2)}
     assert found == pytest.approx({pair: value for pair, value in naive.items() if value >= 0.5}, abs=1e-6)
     assert (0, 1) in found and (0, 2) not in found
+    shown = sampling.closest([Document(id=text, text=text) for text in texts], similarity=0.5)
+    assert shown["similarity"].is_monotonic_decreasing and len(shown) == len(found)
+    assert set(zip(shown["one"], shown["other"], strict=True)) == {(texts[i], texts[j]) for i, j in found}
 
 
 @st.composite
@@ -384,6 +375,9 @@ def test_which_is_a_is_random_but_follows_from_the_seed():
     flipped = sum(pair.a > pair.b for pair in pairs)
     assert 20 < flipped < 52  # of 72; outside with probability 2e-4
     assert sampling.pairs(samples, seed=0)[0] == pairs != sampling.pairs(samples, seed=1)[0]
+    with_greedy = [pair for pair in pairs if 0 in (pair.a, pair.b)]  # the first of three is the greedy one
+    as_a = sum(pair.a == 0 for pair in with_greedy)
+    assert sampling.greedy_sides(samples, pairs) == {"A": as_a, "B": len(with_greedy) - as_a}
 
 
 def test_records_come_back_as_they_were_and_only_for_their_checkpoint(model, tokenizer, tmp_path):

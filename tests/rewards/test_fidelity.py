@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,8 +33,13 @@ def preference(document, pair, *, label="A", score=None, votes=None, a="aa", b="
 
 
 def table(preferences, margins):
-    logprobs = {(p.document_id, ids): -float(len(ids)) for p in preferences for ids in (p.a_ids, p.b_ids)}
-    return fidelity.pair_table(preferences, margins, logprobs=logprobs)
+    return fidelity.pair_table(preferences, margins, completions=completions(preferences))
+
+
+def completions(preferences):
+    """Both sides of each preference as `sampling.table` has them, the longer the less likely."""
+    rows = [(p.document_id, ids, -float(len(ids))) for p in preferences for ids in (p.a_ids, p.b_ids)]
+    return pd.DataFrame(rows, columns=["document_id", "ids", "logprob"])
 
 
 PREFERENCES = [
@@ -44,6 +50,18 @@ PREFERENCES = [
     preference("d3", "0-1", label="B", votes=("B",), a="same", b="also"),
 ]
 MARGINS = [2.0, -1.0, -3.0, 0.5, 0.0]
+
+
+def test_margins_are_those_of_the_sampled_ids_in_their_document():
+    known = completions(PREFERENCES)
+    scores = np.arange(2.0 * len(known)).reshape(-1, 2) ** 2
+    last = {key: scores[row] for row, key in enumerate(zip(known["document_id"], known["ids"], strict=True))}
+    found = fidelity.margins(PREFERENCES, known, scores)
+    assert found.shape == (len(PREFERENCES), 2)
+    for pair, margin in zip(PREFERENCES, found, strict=True):
+        assert np.array_equal(margin, last[pair.document_id, pair.a_ids] - last[pair.document_id, pair.b_ids])
+    with pytest.raises(KeyError):
+        fidelity.margins([preference("nowhere", "0-1")], known, scores)
 
 
 # -- accuracy -----------------------------------------------------------------------------------------------------

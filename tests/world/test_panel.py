@@ -7,7 +7,9 @@ import pytest
 
 from erlib.chain.manifest import ROOT
 from erlib.documents import corpus, files
-from erlib.task.forms import to_compact
+from erlib.judgements.annotation import Preference
+from erlib.task import metrics
+from erlib.task.forms import short_prompt, to_compact
 from erlib.task.schema import ASPECTS
 from erlib.world import panel, stream
 
@@ -174,3 +176,30 @@ def test_the_world_finds_documents_by_id(samples):
     for wrong in ("stream-12", "gold-x", "row-7", "", "stream-", "gold--01", "stream-٣"):
         with pytest.raises(LookupError, match="no document of the embedded world"):
             world.find([wrong])
+
+
+def test_a_label_is_right_where_it_names_the_report_that_is_worth_more(jury, samples):
+    """The true report against an empty one, in either order, tied, and against itself."""
+    sample = next(sample for sample in samples if sample.truth.report.entities)
+    text, best = corpus.clean(sample.document.text), to_compact(sample.truth.report)
+    cases = [(best, "none", "A"), ("none", best, "B"), ("none", best, "A"), (best, "none", "tie"), (best, best, "tie")]
+    labels = []
+    for number, (a, b, preference) in enumerate(cases):
+        labels.append(
+            Preference(
+                pair_id=str(number),
+                document_id="d",
+                split="test",
+                checkpoint="c",
+                prompt=short_prompt(text),
+                a=a,
+                b=b,
+                a_ids=(),
+                b_ids=(),
+                preference=preference,
+                score=0.0,
+                votes=(),
+                aspects={},
+            )
+        )
+    assert jury.right(labels, texts={"d": text}) == metrics.wilson(2, 4)  # nothing is better than itself
