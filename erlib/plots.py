@@ -263,7 +263,7 @@ def annotators(table: "pd.DataFrame", *, judges: str) -> "Figure":
 
 
 def scores(frame: "pd.DataFrame", *, judges: str) -> "Figure":
-    """Draw how often each score was given, by aspect and for their sum: one row a judgement, one column a score."""
+    """Draw how often each score was given, by aspect and for their sum: one row per judgement, one column per score."""
     figure, axes = _axes(f"Which scores do annotators give? ({judges})", width=10.0, columns=len(frame.columns))
     for axis, column in zip(axes, frame, strict=True):
         shares = frame[column].value_counts(normalize=True).sort_index()
@@ -305,7 +305,7 @@ def reliability(binned: "pd.DataFrame", *, judges: str) -> "Figure":
 
 
 def accuracy_groups(grouped: "pd.DataFrame", *, band: tuple[float, float], judges: str) -> "Figure":
-    """Draw accuracy in groups of pairs, rows of `fidelity.accuracy_by`, a panel a `by`; `band` is the ceiling."""
+    """Draw accuracy in groups of pairs, rows of `fidelity.accuracy_by`, a panel per `by`; `band` is the ceiling."""
     panels = list(dict.fromkeys(grouped["by"]))
     title = f"Where is it right? ({judges}; grey: what agreement allows)"
     figure, axes = _axes(title, width=3.3 * len(panels), height=3.2, columns=len(panels))

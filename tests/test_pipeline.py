@@ -139,7 +139,7 @@ def test_every_record_of_a_round_is_of_the_checkpoint_that_the_round_starts_from
     merge = json.loads((smoke / place / "07_ppo/merged/merge.json").read_text())
     assert merge["base"] == checkpoint != merge["merged"]
 
-    texts = {sample.document.id: [completion.text for completion in sample.completions] for sample in samples}
+    drawn = {sample.document.id: sample.completions for sample in samples}
     splits = {sample.document.id: sample.split for sample in samples}
     asked = {pair.id: pair for pair in pairs}
     judged = rows(smoke / place / "05_annotation/judgements.jsonl")
@@ -147,7 +147,8 @@ def test_every_record_of_a_round_is_of_the_checkpoint_that_the_round_starts_from
     assert labels and {label.pair_id for label in labels} == asked.keys() - on_trial
     for label in labels:
         pair = asked[label.pair_id]
-        assert (label.a, label.b) == (texts[pair.document_id][pair.a], texts[pair.document_id][pair.b])
+        a, b = (drawn[pair.document_id][place_of] for place_of in (pair.a, pair.b))
+        assert (label.a, label.b, label.a_ids, label.b_ids) == (a.text, b.text, a.ids, b.ids)
         assert label.split == pair.split == splits[pair.document_id]
 
 
