@@ -1,4 +1,4 @@
-"""Agreement between annotators: raw agreement, Krippendorff's alpha, kappas as a check, and the ceiling that they set.
+"""Agreement between annotators: raw agreement, Krippendorff's alpha, kappas as a check, and the best accuracy that they allow.
 
 Ratings are an array (U, R): one row per unit (a pair of reports), one column per annotator, nan where there is none.
 Units of one document are not independent, so intervals are taken over groups of units: documents.
@@ -19,7 +19,7 @@ Level = Literal["nominal", "ordinal", "interval"]
 
 
 def matrix(frame: pd.DataFrame, value: str) -> tuple[np.ndarray, np.ndarray]:
-    """Turn one row per judgement (`pair_id`, `document_id`, `annotator`, `value`) into ratings (U, R) and groups (U,)."""
+    """Turn rows of judgements (`pair_id`, `document_id`, `annotator`, `value`) into ratings (U, R) and groups (U,)."""
     table = frame.pivot(index=["pair_id", "document_id"], columns="annotator", values=value)
     return table.to_numpy(dtype=float), table.index.get_level_values("document_id").to_numpy()
 
@@ -201,8 +201,8 @@ def fleiss(ratings: np.ndarray) -> float:
 def table(frame: pd.DataFrame, *, aspects: Sequence[str], seed: int) -> pd.DataFrame:
     """Every measure of agreement on judgements: columns subject, measure, value, low, high, pairs (of ratings).
 
-    `frame` has one row per judgement: `pair_id`, `document_id`, `annotator`, the aspects (-2..2), `total` (their sum) and
-    `preference` (its sign). Aspects are compared by sign as the preference is.
+    `frame` has one row per judgement: `pair_id`, `document_id`, `annotator`, the aspects (-2..2), `total` (their sum)
+    and `preference` (its sign). Aspects are compared by sign as the preference is.
     """
     nan, rows = math.nan, []
     signs = frame.assign(**{aspect: np.sign(frame[aspect]) for aspect in aspects})
