@@ -1,4 +1,4 @@
-"""Agreement between annotators: raw agreement, Krippendorff's alpha, kappas as a check, and the best accuracy that they allow.
+"""Agreement between annotators: raw agreement, Krippendorff's alpha, kappas as a check, the best accuracy that follows.
 
 Ratings are an array (U, R): one row per unit (a pair of reports), one column per annotator, nan where there is none.
 Units of one document are not independent, so intervals are taken over groups of units: documents.
