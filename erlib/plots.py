@@ -40,7 +40,7 @@ def pretraining(log: "pd.DataFrame") -> "Figure":
     """Draw the log of `pretrain.train` by millions of tokens: loss, and F1 where it was measured."""
     figure, (losses, scores) = _axes("When does it learn to copy names?", width=9.0, columns=2)
     losses.plot(log["tokens"] / 1e6, log["loss"], color=BLUE)
-    losses.set(xlabel="tokens read (millions)", ylabel="loss (nats a token)", ylim=(0, None))
+    losses.set(xlabel="tokens read (millions)", ylabel="loss (nats per token)", ylim=(0, None))
     known = log.dropna(subset="entity_f1") if "entity_f1" in log else log[:0].assign(entity_f1=[], relationship_f1=[])
     for column, colour, label in (("entity_f1", BLUE, "entities"), ("relationship_f1", VERMILION, "relationships")):
         scores.plot(known["tokens"] / 1e6, known[column], color=colour, marker=".", label=label)
@@ -53,7 +53,7 @@ def pretraining(log: "pd.DataFrame") -> "Figure":
 
 
 def intervals(frame: "pd.DataFrame", *, title: str, highlight: str | None = None) -> "Figure":
-    """One panel a measure: each name's value with its 95 % interval; columns name, measure, value, low, high.
+    """One panel per measure: each name's value with its 95 % interval; columns name, measure, value, low, high.
 
     The row named `highlight` is drawn in another colour.
     """
@@ -172,13 +172,13 @@ def training_curves(log: "pd.DataFrame") -> "Figure":
 
 
 def faults(counts: "pd.DataFrame") -> "Figure":
-    """Draw faults a document: one row a kind of fault, one column a system."""
+    """Draw faults per document: one row per kind of fault, one column per system."""
     figure, (axis,) = _axes("Which faults does each system make?", height=1.4 + 0.4 * len(counts))
     height = 0.8 / len(counts.columns)
     for place, (name, colour) in enumerate(zip(counts, (GREY, SKY, BLUE, VERMILION), strict=False)):
         axis.barh([row + place * height for row in range(len(counts))], counts[name], height, color=colour, label=name)
     axis.set_yticks([row + 0.4 - height / 2 for row in range(len(counts))], counts.index)
-    axis.set_xlabel("faults a document")
+    axis.set_xlabel("faults per document")
     axis.invert_yaxis()
     axis.legend(fontsize=8, frameon=False)
     return figure
