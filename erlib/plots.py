@@ -53,7 +53,7 @@ def pretraining(log: "pd.DataFrame") -> "Figure":
 
 
 def intervals(frame: "pd.DataFrame", *, title: str, highlight: str | None = None) -> "Figure":
-    """One panel a measure: each name's value with its 95 % interval; columns name, measure, value, low, high.
+    """One panel per measure: each name's value with its 95 % interval; columns name, measure, value, low, high.
 
     The row named `highlight` is drawn in another colour.
     """
@@ -172,13 +172,13 @@ def training_curves(log: "pd.DataFrame") -> "Figure":
 
 
 def faults(counts: "pd.DataFrame") -> "Figure":
-    """Draw faults a document: one row a kind of fault, one column a system."""
+    """Draw faults per document: one row per kind of fault, one column per system."""
     figure, (axis,) = _axes("Which faults does each system make?", height=1.4 + 0.4 * len(counts))
     height = 0.8 / len(counts.columns)
     for place, (name, colour) in enumerate(zip(counts, (GREY, SKY, BLUE, VERMILION), strict=False)):
         axis.barh([row + place * height for row in range(len(counts))], counts[name], height, color=colour, label=name)
     axis.set_yticks([row + 0.4 - height / 2 for row in range(len(counts))], counts.index)
-    axis.set_xlabel("faults a document")
+    axis.set_xlabel("faults per document")
     axis.invert_yaxis()
     axis.legend(fontsize=8, frameon=False)
     return figure

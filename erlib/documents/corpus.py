@@ -157,6 +157,14 @@ def split_by_group(
     return parts
 
 
+def in_components(documents: Sequence[Document]) -> list[Document]:
+    """Make each document, the only one of its component, a group `component-NUMBER`, unless it came with a group."""
+    return [
+        document.model_copy(update={"group": document.group or f"component-{number:05d}"})
+        for number, document in enumerate(documents)
+    ]
+
+
 def _group(document: Document) -> tuple[bool, str]:
     """The flag keeps the id of a document without group apart from a group of that name."""
     return (True, document.id) if document.group is None else (False, document.group)

@@ -1,4 +1,4 @@
-"""Choose documents that are unlike each other: embeddings, similarity graph, cut-off sweep, one document a component.
+"""Choose documents that are unlike each other: embeddings, similarity graph, cut-off sweep, one per component.
 
 The steps, in the order in which notebook 02 takes them:
 
@@ -6,7 +6,7 @@ The steps, in the order in which notebook 02 takes them:
 2. `neighbours`        rows → approximate nearest neighbours (Annoy), whose `recall` is measured against brute force;
 3. `edges`, `sweep`    neighbours → edges; share of the giant component and of isolated nodes at every cut-off;
 4. `choose_cutoff`     the lowest cut-off at which the giant component is gone, hence the fewest isolated nodes;
-5. `graph`, `components`, `select`   networkx graph at that cut-off → components → one document each;
+5. `graph`, `components`, `select`   networkx graph at that cut-off → components → one document of each;
 6. `compare_with_random`, `gain`     is the choice more diverse than as many documents drawn at random?
 
 A cut-off is a cosine similarity: edges at or above it join documents.
@@ -31,7 +31,7 @@ BLOCK = 1_000  # rows of a similarity matrix in memory at once: 1,000 x 100,000 
 
 
 def fit_static(texts: Sequence[str], *, dimensions: int, vocabulary: int = 30_000, seed: int) -> "SentenceTransformer":
-    """Fit a static model on the texts: one vector a word, the mean over a text's words being its embedding.
+    """Fit a static model on the texts: one vector per word, the mean over a text's words being its embedding.
 
     A word's vector is its row of the right singular vectors of the TF-IDF matrix (latent semantic analysis), at unit
     length so that rare words keep a direction of their own, times its inverse document frequency. Words met once join
@@ -276,7 +276,7 @@ def vendi_score(embeddings: np.ndarray) -> float:
 
 
 def trigrams(texts: Sequence[str]) -> list[np.ndarray]:
-    """Number the word trigrams of each text, case-folded: one int array a text, equal trigrams with equal numbers."""
+    """Number the word trigrams of each text, case-folded: one int array per text, equal trigrams with equal numbers."""
     numbers: dict[tuple[str, str, str], int] = {}
     rows = []
     for text in texts:
@@ -295,7 +295,7 @@ def distinct_share(numbered: Sequence[np.ndarray]) -> float:
 def compare_with_random(
     embeddings: np.ndarray, texts: Sequence[str], selected: np.ndarray, *, draws: int, queries: int = 500, seed: int
 ) -> pd.DataFrame:
-    """Measure the selected rows and as many random ones, `draws` times: draw, set, and one column a measure.
+    """Measure the selected rows and as many random ones, `draws` times: draw, set, and one column per measure.
 
     Every draw takes a new random set and new query rows in both. `nearest_distance` and `vendi_score` see the
     embeddings that the selection was made with; `distinct_trigrams` sees the texts alone.

@@ -63,7 +63,7 @@ def read_documents(
         common = "; ".join(f"{n} × {kind}" for kind, n in kinds.most_common(3))
         raise TooManyRejects(
             f"{name}: {len(reasons)} of {read} rows were rejected, more than max_reject_share={max_reject_share}. Most "
-            f"often: {common}. First: {reasons[0]}. All are in {rejects}; mend the input, set text_column and "
+            f"often: {common}. First: {reasons[0]}. All are in {rejects}; fix the input, set text_column and "
             f"id_column to names that it has, or raise max_reject_share."
         )
     return documents

@@ -10,6 +10,7 @@ import math
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 
 from erlib.lm import models
 from erlib.lm.checkpoints import save_adapter, training_table
-from erlib.task import metrics
+from erlib.task import evaluation, metrics
 from erlib.task.forms import parse_compact, short_prompt, to_compact
 from erlib.task.schema import Brief, Document, Exemplar, Parsed, Report
 
@@ -131,11 +132,7 @@ def harness(
             parsed = extract(
                 model, tokenizer, documents, brief=brief, max_new_tokens=max_new_tokens, batch_size=batch_size
             )
-            scores = metrics.score(
-                [exemplar.report for exemplar in exemplars],
-                [one.report for one in parsed],
-                symmetric=brief.symmetric_types,
-            )
+            scores = evaluation.evaluated(exemplars, parsed, brief).scores
             figures |= {
                 f"{name}_entity_f1": scores.entity_f1,
                 f"{name}_relationship_f1": scores.relationship_f1,
@@ -162,6 +159,21 @@ def gap_closed(base: metrics.Scores, tuned: metrics.Scores, frontier: metrics.Sc
 # -- training -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Training:
+    """How an adapter is trained."""
+
+    epochs: int = 1  # the frontier's faults are learnt by heart in the second
+    batch_size: int = 1  # rows a step: many small steps suit an LM of a few million parameters
+    learning_rate: float = 2e-4  # peak; falls by a cosine. What is usual for LoRA on LMs of any size
+    warmup_share: float = 0.05  # of the steps
+    lora_rank: int = 64  # of every linear layer's adapter; its alpha is twice that. 16 is enough for 7 B parameters
+    points: int = 5  # measurements with harness and validation loss, after the one before training
+    bf16: bool = False  # mixed precision: on a GPU
+    gradient_checkpointing: bool = False  # less memory for a third more time: on a GPU
+    seed: int = 0  # of the adapter's first weights and of the order of rows
+
+
 def train(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -171,44 +183,22 @@ def train(
     checkpoints: Path,
     validation: Sequence[dict[str, list[int]]],
     harness: Harness,
-    points: int = 5,
-    epochs: int = 1,
-    batch_size: int = 16,
-    learning_rate: float = 1e-3,
-    warmup_share: float = 0.05,
-    lora_rank: int = 16,
-    bf16: bool = False,
-    gradient_checkpointing: bool = False,
-    seed: int = 0,
+    training: Training = Training(),
 ) -> "pd.DataFrame":
     """Train a LoRA adapter on encoded rows, completion tokens only, and save it in `out`.
 
-    `model` carries the adapter afterwards. Validation loss and harness are taken at step 0 and at `points` equal
-    distances. A killed run goes on from its last valid checkpoint under `checkpoints`, bit for bit on a CPU. Returns
-    the log: one row a logged step, with `step`, `loss`, `eval_loss`, `learning_rate` and the harness's figures.
+    `model` carries the adapter afterwards. Validation loss and harness are taken at step 0 and at `training.points`
+    equal distances. A killed run goes on from its last valid checkpoint under `checkpoints`, bit for bit on a CPU.
+    Returns the log: one row per logged step, with `step`, `loss`, `eval_loss`, `learning_rate` and the harness's
+    figures. Raises RuntimeError where rows were lost on the way.
     """
-    settings = {k: v for k, v in locals().items() if isinstance(v, int | float)}
-    folder = checkpoints / _key(model, encoded, settings)
-    steps = math.ceil(len(encoded) / batch_size) * epochs
+    folder = checkpoints / _key(model, encoded, asdict(training))
+    steps = math.ceil(len(encoded) / training.batch_size) * training.epochs
+    every = math.ceil(steps / training.points)
     trainer = _trainer(
-        model,
-        tokenizer,
-        encoded,
-        validation,
-        folder=folder,
-        every=math.ceil(steps / points),
-        lora={"r": lora_rank, "lora_alpha": 2 * lora_rank},
-        arguments={
-            "num_train_epochs": epochs,
-            "per_device_train_batch_size": batch_size,
-            "learning_rate": learning_rate,
-            "warmup_steps": math.ceil(warmup_share * steps),
-            "bf16": bf16,
-            "gradient_checkpointing": gradient_checkpointing,
-            "seed": seed,
-        },
+        model, tokenizer, encoded, validation, folder=folder, every=every, steps=steps, training=training
     )
-    _attach(trainer, harness, math.ceil(steps / points), steps)
+    _attach(trainer, harness, every, steps)
     trainer.train(resume_from_checkpoint=_last_valid(folder))
     if trainer.state.global_step != steps or len(trainer.train_dataset) != len(encoded):
         raise RuntimeError(f"{trainer.state.global_step} of {steps} steps were taken: rows were lost on the way")
@@ -234,20 +224,27 @@ def _trainer(
     *,
     folder: Path,
     every: int,
-    lora: dict[str, int],
-    arguments: dict,
+    steps: int,
+    training: Training,
 ) -> "SFTTrainer":
     from datasets import Dataset
     from peft import LoraConfig
     from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
-    models.seed_everything(arguments["seed"])  # LoRA's weights are drawn before the trainer seeds anything
+    models.seed_everything(training.seed)  # LoRA's weights are drawn before the trainer seeds anything
     trainer = SFTTrainer(
         model=model,
         processing_class=tokenizer,
         args=SFTConfig(
             output_dir=str(folder),
+            num_train_epochs=training.epochs,
+            per_device_train_batch_size=training.batch_size,
+            learning_rate=training.learning_rate,
+            warmup_steps=math.ceil(training.warmup_share * steps),
+            bf16=training.bf16,
+            gradient_checkpointing=training.gradient_checkpointing,
+            seed=training.seed,
             use_cpu=model.device.type == "cpu",
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
@@ -263,11 +260,16 @@ def _trainer(
             save_total_limit=2,
             report_to="none",
             disable_tqdm=True,
-            **arguments,
         ),
         train_dataset=Dataset.from_list(list(encoded)),
         eval_dataset=Dataset.from_list(list(validation)) if validation else None,
-        peft_config=LoraConfig(target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM", **lora),
+        peft_config=LoraConfig(
+            r=training.lora_rank,
+            lora_alpha=2 * training.lora_rank,
+            target_modules="all-linear",
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
+        ),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -11,7 +11,7 @@ import dspy
 from dspy.utils.exceptions import AdapterParseError, LMUnexpectedError
 
 from erlib.reports.prompts import Form, Template, as_sent
-from erlib.task.evaluation import Evaluation, refuse_overlap, score
+from erlib.task.evaluation import Evaluation, evaluated, refuse_overlap
 from erlib.task.forms import ask, flatten, parse_compact, parse_json, short_prompt, to_compact, to_json
 from erlib.task.schema import Brief, Document, Exemplar, Parsed, Report
 
@@ -143,7 +143,7 @@ def evaluate(
     refuse_overlap(demos, exemplars)
     documents = [exemplar.document for exemplar in exemplars]
     predicted = extract(lm, documents, template=template, demos=demos, form=form, threads=threads, brief=brief)
-    return Evaluation(tuple(exemplars), predicted, score([e.report for e in exemplars], predicted, brief))
+    return evaluated(exemplars, predicted, brief)
 
 
 # -- tokens -------------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def token_table(
     demos: Sequence[Exemplar],
     form: Form = "json",
 ) -> "pd.DataFrame":
-    """Mean characters and tokens a document: the full and the short prompt, and both text forms of the report."""
+    """Mean characters and tokens per document: the full and the short prompt, and both text forms of the report."""
     import pandas as pd
 
     adapter = ReportAdapter(template, form)

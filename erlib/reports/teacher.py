@@ -56,6 +56,12 @@ class Usage:
     output_tokens: int = 0
     usd: float = 0.0
 
+    def __str__(self) -> str:
+        return (
+            f"{self.requests:,} requests sent, {self.cached:,} answers from the cache, {self.retries:,} tried again, "
+            f"{self.empty:,} empty; {self.input_tokens:,} tokens in, {self.output_tokens:,} out: ${self.usd:.2f}"
+        )
+
 
 class Estimate(NamedTuple):
     """What a set of requests would buy: those not in the cache, their tokens, dollars expected and at worst."""
@@ -68,48 +74,56 @@ class Estimate(NamedTuple):
     usd_at_worst: float
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What a connection may spend; prices are dollars for a million tokens."""
+
+    usd: float = math.inf  # for everything recorded in the cache: a resumed run does not get a second budget
+    price_in: float = 0.0  # of prompts; 0 only where nothing is paid
+    price_out: float = 0.0  # of completions
+
+    def __post_init__(self) -> None:
+        if self.usd < math.inf and not (self.price_in > 0 and self.price_out > 0):
+            raise ValueError("a budget needs price_in and price_out above 0, in dollars for a million tokens")
+
+    def price(self, input_tokens: int, output_tokens: int) -> float:
+        """Dollars for so many tokens."""
+        return (input_tokens * self.price_in + output_tokens * self.price_out) / 1e6
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How a server is treated that is busy, slow or out of order."""
+
+    concurrency: int = 16  # requests under way at once: most endpoints allow that many
+    timeout: float = 120.0  # seconds for an answer; a long report takes a busy server a minute
+    attempts: int = 6  # of one request, before its fault is raised: half a minute of pauses in all
+    backoff: float = 1.0  # seconds of the first pause; each further one is twice as long, with jitter
+
+
 def connect(
     model: str,
     *,
     engine: Engine | None = None,
     api_base: str | None = None,
     cache_dir: Path | None,
-    concurrency: int = 16,
-    budget_usd: float = math.inf,
-    price_in: float = 0.0,
-    price_out: float = 0.0,
+    budget: Budget = Budget(),
+    limits: Limits = Limits(),
     max_tokens: int = 1024,
     temperature: float = 0.0,
-    timeout: float = 120.0,
-    attempts: int = 6,
-    backoff: float = 1.0,
 ) -> "dspy.LM":
     """Connect to a frontier LM: an engine of its own, or an OpenAI-compatible endpoint at `api_base`.
 
-    Prices are dollars for a million tokens. `budget_usd` holds for everything recorded in `cache_dir`, so a resumed run
-    does not get a second budget. The cache's key holds `model` and `api_base`, but no engine's code or weights: for one
-    that costs nothing, give `cache_dir=None`, and answers are kept in memory only. Pauses are `backoff * 2**n` seconds
-    with jitter, or what the server asks for.
+    The cache's key holds `model` and `api_base`, but no engine's code or weights: for one that costs nothing, give
+    `cache_dir=None`, and answers are kept in memory only. A pause that the server asks for goes before `limits`.
     """
     import dspy
     from dspy.lm15 import LMRouter, RouterConfig, Timeouts
 
-    if budget_usd < math.inf and not (price_in > 0 and price_out > 0):
-        raise ValueError("a budget needs price_in and price_out above 0, in dollars for a million tokens")
     if engine is None:
         urls = {"openai-chat": api_base} if api_base else None
-        engine = _Endpoint(LMRouter(RouterConfig(base_urls=urls, timeouts=Timeouts(read=timeout))))
-    meter = Meter(
-        engine,
-        source=f"{model} {api_base or ''}",
-        cache_dir=cache_dir,
-        concurrency=concurrency,
-        budget_usd=budget_usd,
-        price_in=price_in,
-        price_out=price_out,
-        attempts=attempts,
-        backoff=backoff,
-    )
+        engine = _Endpoint(LMRouter(RouterConfig(base_urls=urls, timeouts=Timeouts(read=limits.timeout))))
+    meter = Meter(engine, source=f"{model} {api_base or ''}", cache_dir=cache_dir, budget=budget, limits=limits)
     # DSPy's own cache is a pickle keyed by the model's name, and its retries would not see the budget.
     return dspy.LM(model, engine=meter, cache=False, num_retries=0, max_tokens=max_tokens, temperature=temperature)
 
@@ -132,28 +146,14 @@ class _Endpoint:
 class Meter:
     """A DSPy engine around another: cache, budget, concurrency limit, retries and totals. Safe to call from threads."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        *,
-        source: str,
-        cache_dir: Path | None,
-        concurrency: int,
-        budget_usd: float,
-        price_in: float,
-        price_out: float,
-        attempts: int,
-        backoff: float,
-    ):
-        self.usage = Usage()
-        self._engine, self._source = engine, source
+    def __init__(self, engine: Engine, *, source: str, cache_dir: Path | None, budget: Budget, limits: Limits):
+        self.usage, self.budget = Usage(), budget
+        self._engine, self._source, self._limits = engine, source, limits
         self._cache = _Cache(cache_dir)
-        self._slots = threading.BoundedSemaphore(concurrency)
-        self._budget, self._price_in, self._price_out = budget_usd, price_in, price_out
-        self._attempts, self._backoff = attempts, backoff
+        self._slots = threading.BoundedSemaphore(limits.concurrency)
         self._funds = threading.Condition()
         self._spent = self._cache.spent()
-        self._reserved: dict[int, float] = {}  # one entry a request under way: its worst case in dollars
+        self._reserved: dict[int, float] = {}  # one entry per request under way: its worst case in dollars
 
     def complete(self, request: "Request") -> "Response":
         """Answer from the cache, or buy the answer and store it."""
@@ -177,10 +177,6 @@ class Meter:
         content = [self._source, request.system, messages, asdict(request.config)]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
-    def price(self, input_tokens: int, output_tokens: int) -> float:
-        """Dollars for so many tokens."""
-        return (input_tokens * self._price_in + output_tokens * self._price_out) / 1e6
-
     def holds(self, request: "Request") -> bool:
         """Whether the cache holds the answer to a request."""
         return self._cache.get(self.key(request)) is not None
@@ -194,7 +190,7 @@ class Meter:
                 bought = response.usage
                 spent_in = _estimated(_length(request)) if bought.input_tokens is None else bought.input_tokens
                 spent_out = _estimated(len(text)) if bought.output_tokens is None else bought.output_tokens
-                usd = self.price(spent_in, spent_out)
+                usd = self.budget.price(spent_in, spent_out)
                 self._cache.put(key, text, response.finish_reason, spent_in, spent_out, usd)
             except BaseException:
                 self._settle(ticket, 0.0)
@@ -212,11 +208,12 @@ class Meter:
         """Set the worst case of a request aside, waiting for requests under way to settle; raises BudgetExceeded."""
         worst = self.worst_case(request)
         with self._funds:
-            while self._spent + sum(self._reserved.values()) + worst > self._budget:
+            while self._spent + sum(self._reserved.values()) + worst > self.budget.usd:
                 if not self._reserved:
                     raise BudgetExceeded(
-                        f"the budget of ${self._budget:.2f} is used up: ${self._spent:.4f} spent, and the next request "
-                        f"may cost up to ${worst:.4f}. All answers so far are kept: raise `budget_usd` and run again."
+                        f"the budget of ${self.budget.usd:.2f} is used up: ${self._spent:.4f} spent, and the next "
+                        f"request may cost up to ${worst:.4f}. All answers so far are kept: raise `budget_usd` and "
+                        "run again."
                     )
                 self._funds.wait()
             ticket = threading.get_ident()
@@ -226,7 +223,7 @@ class Meter:
     def worst_case(self, request: "Request") -> float:
         """Upper bound of a request's price in dollars: one token a byte in, `max_tokens` out."""
         size = len((request.system or "").encode()) + sum(len((m.text or "").encode()) for m in request.messages)
-        return self.price(size + _PER_MESSAGE * (len(request.messages) + 1), request.config.max_tokens)
+        return self.budget.price(size + _PER_MESSAGE * (len(request.messages) + 1), request.config.max_tokens)
 
     def _settle(self, ticket: int, usd: float) -> None:
         with self._funds:
@@ -236,13 +233,13 @@ class Meter:
 
     def _attempt(self, request: "Request", key: str) -> "Response":
         jitter = random.Random(key)
-        for attempt in range(1, self._attempts + 1):
+        for attempt in range(1, self._limits.attempts + 1):
             try:
                 return self._engine.complete(request)
             except Exception as error:
-                if attempt == self._attempts or not _transient(error):
+                if attempt == self._limits.attempts or not _transient(error):
                     raise
-                pause = self._backoff * 2 ** (attempt - 1) * jitter.uniform(0.5, 1.5)
+                pause = self._limits.backoff * 2 ** (attempt - 1) * jitter.uniform(0.5, 1.5)
                 asked = getattr(error, "retry_after", None)
             with self._funds:
                 self.usage.retries += 1
@@ -327,7 +324,7 @@ def estimate(
     tokens_in = sum(_estimated(_length(request)) for request in new)
     tokens_out = output_tokens * len(new)
     worst = sum(meter.worst_case(request) for request in new)
-    usd = meter.price(tokens_in, tokens_out)
+    usd = meter.budget.price(tokens_in, tokens_out)
     return Estimate(len(new), len(requests) - len(new), tokens_in, tokens_out, usd, worst)
 
 

@@ -1,4 +1,4 @@
-"""Evaluation of answers on exemplars: scores, failure modes, prompts against each other, and files of predictions."""
+"""Evaluation of answers: scores and failure modes on exemplars, systems against each other, files of predictions."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -38,8 +38,8 @@ def objective(scores: metrics.Scores) -> float:
 
 
 def score(gold: Sequence[Report], predicted: Sequence[Parsed], brief: Brief) -> metrics.Scores:
-    """Exact-match counts of answers against gold reports, with the brief's symmetric relationships."""
-    return metrics.score(gold, [parsed.report for parsed in predicted], symmetric=brief.symmetric_types)
+    """Exact-match counts of answers against gold reports under the brief."""
+    return metrics.score(gold, [parsed.report for parsed in predicted], brief)
 
 
 def refuse_overlap(demos: Sequence[Exemplar], scored: Sequence[Exemplar]) -> None:
@@ -75,7 +75,8 @@ def compare(evaluations: Mapping[str, Evaluation], *, seed: int) -> "pd.DataFram
 def failure_modes(evaluations: Mapping[str, Evaluation], *, brief: Brief, seed: int) -> "pd.DataFrame":
     """The two failure modes apart, with 95 % intervals over documents (name, measure, value, low, high).
 
-    Salient fact recall is a share of the facts of the gold summaries; missed and irrelevant items are means a document.
+    Salient fact recall is a share of the facts of the gold summaries; missed and irrelevant items are means per
+    document.
     """
     import numpy as np
     import pandas as pd
@@ -91,8 +92,86 @@ def failure_modes(evaluations: Mapping[str, Evaluation], *, brief: Brief, seed: 
         for kind in ("missed", "irrelevant"):
             found = faults.loc[faults["kind"] == kind, "document"].to_numpy(dtype=int)
             interval = metrics.bootstrap_mean(np.bincount(found, minlength=len(documents)), seed=seed)
-            rows.append((name, f"{kind} items a document", interval.value, interval.low, interval.high))
+            rows.append((name, f"{kind} items per document", interval.value, interval.low, interval.high))
     return pd.DataFrame(rows, columns=["name", "measure", "value", "low", "high"])
+
+
+def differences(
+    evaluations: Mapping[str, Evaluation], pairs: Sequence[tuple[str, str]], *, seed: int
+) -> "pd.DataFrame":
+    """F1 of the first of each pair of names minus F1 of the second, with paired 95 % intervals over documents.
+
+    Columns difference, measure, value, low, high; both evaluations of a pair are of the same exemplars.
+    """
+    import pandas as pd
+
+    rows = []
+    for first, second in pairs:
+        a, b = evaluations[first].scores, evaluations[second].scores
+        for measure, counts_a, counts_b in (
+            ("entity F1", a.entity_counts, b.entity_counts),
+            ("relationship F1", a.relationship_counts, b.relationship_counts),
+        ):
+            interval = metrics.paired_bootstrap_f1(counts_a, counts_b, seed=seed)
+            rows.append((f"{first} minus {second}", measure, *interval))
+    return pd.DataFrame(rows, columns=["difference", "measure", "value", "low", "high"])
+
+
+def faults_per_document(evaluations: Mapping[str, Evaluation], *, brief: Brief) -> "pd.DataFrame":
+    """Mean number of faults per document by kind (`metrics.taxonomy`): one row per kind, one column per evaluation."""
+    import pandas as pd
+
+    found = {}
+    for name, evaluation in evaluations.items():
+        documents = [exemplar.document.text for exemplar in evaluation.exemplars]
+        gold = [exemplar.report for exemplar in evaluation.exemplars]
+        faults = metrics.taxonomy(documents, gold, evaluation.predicted, brief)
+        found[name] = faults["kind"].value_counts() / len(documents)
+    return pd.DataFrame(found).fillna(0)
+
+
+def same_reports(a: Sequence[Parsed], b: Sequence[Parsed]) -> metrics.Interval:
+    """Share of documents for which two lists of answers hold the same report, with its Wilson interval."""
+    same = sum(one.report == other.report for one, other in zip(a, b, strict=True))
+    return metrics.wilson(same, len(a))
+
+
+def item_counts(predicted: Sequence[Parsed]) -> "pd.DataFrame":
+    """Number of entities, relationships and defects in each answer: one row per answer, in order."""
+    import pandas as pd
+
+    rows = [(len(p.report.entities), len(p.report.relationships), len(p.defects)) for p in predicted]
+    return pd.DataFrame(rows, columns=["entities", "relationships", "defects"])
+
+
+def ranked(
+    documents: Sequence[Document],
+    predicted: Sequence[Parsed],
+    *,
+    truths: Mapping[str, Report] | None = None,
+    brief: Brief,
+) -> "pd.DataFrame":
+    """Documents and their reports, the best first: fewest faults, then most relationships.
+
+    A fault is a defect of the text and, where the true reports are known (`truths`, by document id), an entity or
+    relationship missed or too many. Columns document, report, true report (if known), faults (their number), defects.
+    """
+    import pandas as pd
+
+    items = item_counts(predicted)
+    table = pd.DataFrame({"document": [document.text for document in documents]})
+    table["report"] = [to_compact(parsed.report) for parsed in predicted]
+    table["faults"] = items["defects"]
+    if truths is not None:
+        gold = [truths[document.id] for document in documents]
+        scores = score(gold, predicted, brief)
+        wrong = scores.entity_counts[:, 1:].sum(axis=1) + scores.relationship_counts[:, 1:].sum(axis=1)
+        table["faults"] += wrong  # false positives and false negatives
+        table.insert(2, "true report", [to_compact(report) for report in gold])
+    table["defects"] = ["\n".join(f"{kind}: {detail}" for kind, detail in parsed.defects) for parsed in predicted]
+    table["relationships"] = items["relationships"]
+    table = table.sort_values(["faults", "relationships"], ascending=[True, False], kind="stable", ignore_index=True)
+    return table.drop(columns="relationships")
 
 
 def beside(evaluation: Evaluation, *, brief: Brief) -> "pd.DataFrame":
@@ -150,3 +229,9 @@ def read_predictions(path: Path) -> tuple[list[Document], list[Parsed]]:
         defects = tuple(Defect(**defect) for defect in row["defects"])
         predicted.append(Parsed(Report.model_validate(row["report"]), defects))
     return documents, predicted
+
+
+def read_by_id(path: Path) -> dict[str, Parsed]:
+    """Read what `write_predictions` wrote, by the document's id."""
+    documents, predicted = read_predictions(path)
+    return dict(zip([document.id for document in documents], predicted, strict=True))

@@ -1,8 +1,8 @@
 """Extraction scores, error taxonomy, intervals and tests.
 
 Every score is kept as counts per document, so that uncertainty is always over documents, never over triples. Names are
-compared as exact strings and each entity (name, type) or relationship (source, type, target) counts once a document;
-relationships are directed, except for the types stated as symmetric.
+compared as exact strings and each entity (name, type) or relationship (source, type, target) counts once per document;
+relationships are directed, except for the types that the brief states as symmetric.
 """
 
 import re
@@ -19,11 +19,14 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 
 
 class Interval(NamedTuple):
-    """A value with the ends of its confidence interval."""
+    """A value with the ends of its confidence interval; `f"{interval:.3f}"` reads `0.500 (0.400 to 0.600)`."""
 
     value: float
     low: float
     high: float
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.value:{spec}} ({self.low:{spec}} to {self.high:{spec}})" if spec else str(self)
 
 
 # -- headline: exact match ----------------------------------------------------------------------------------------
@@ -60,11 +63,13 @@ class Scores(NamedTuple):
         return f1(self.relationship_counts)
 
 
-def score(gold: Sequence[Report], predicted: Sequence[Report], *, symmetric: frozenset[str]) -> Scores:
+def score(gold: Sequence[Report], predicted: Sequence[Report], brief: Brief | None) -> Scores:
     """Count exact matches of entities (name, type) and relationships (source, type, target) in D documents.
 
-    The ends of a relationship whose type is in `symmetric` have no order. Documents with nothing to find stay in.
+    The ends of a relationship whose type the brief states as symmetric have no order; without a brief all have one.
+    Documents with nothing to find stay in.
     """
+    symmetric = brief.symmetric_types if brief else frozenset()
     entities, relationships = [], []
     for truth, guess in zip(gold, predicted, strict=True):
         entities.append(_counts({(e.name, e.type) for e in truth.entities}, {(e.name, e.type) for e in guess.entities}))
@@ -154,14 +159,14 @@ def paired_bootstrap_f1(
 
 
 def bootstrap_mean(values: Sequence[float], *, seed: int, samples: int = 2000, level: float = 0.95) -> Interval:
-    """Mean of one value a document, with its bootstrap interval."""
+    """Mean of one value per document, with its bootstrap interval."""
     return bootstrap_ratio(values, np.ones(len(values)), seed=seed, samples=samples, level=level)
 
 
 def paired_bootstrap_mean(
     values_a: Sequence[float], values_b: Sequence[float], *, seed: int, samples: int = 2000, level: float = 0.95
 ) -> Interval:
-    """mean(a) - mean(b) of two values a document, with its paired bootstrap interval."""
+    """mean(a) - mean(b) of two values per document, with its paired bootstrap interval."""
     differences = np.asarray(values_a, dtype=float) - np.asarray(values_b, dtype=float)
     return bootstrap_mean(differences, seed=seed, samples=samples, level=level)
 
@@ -254,67 +259,6 @@ def _spans(names: list[str], document: str) -> dict[str, dict[str, int]]:
     return spans
 
 
-def relationship_schemas(
-    gold: Sequence[Report], predicted: Sequence[Report], *, symmetric: frozenset[str]
-) -> pd.DataFrame:
-    """Micro scores of relationships under the three schemas of Taillé et al. (2009.10684), which must not be mixed.
-
-    strict: relation, names and entity types of both ends; boundaries: relation and names; relaxed: relation and entity
-    types, with at least one word in common at each end. The relaxed matching is one to one and maximal.
-    """
-    counts: dict[str, list[tuple[int, int, int]]] = {"strict": [], "boundaries": [], "relaxed": []}
-    for truth, guess in zip(gold, predicted, strict=True):
-        a, b = _typed_ends(truth, symmetric), _typed_ends(guess, symmetric)
-        counts["strict"].append(_counts(set(a), set(b)))
-        counts["boundaries"].append(_counts(_keys(truth, symmetric), _keys(guess, symmetric)))
-        tp = _relaxed_matches(a, b, symmetric)
-        counts["relaxed"].append((tp, len(b) - tp, len(a) - tp))
-    rows = []
-    for name, per_document in counts.items():
-        array = np.array(per_document, dtype=int).reshape(-1, 3)
-        rows.append((name, *array.sum(axis=0), precision(array), recall(array), f1(array)))
-    return pd.DataFrame(rows, columns=["schema", "tp", "fp", "fn", "precision", "recall", "f1"])
-
-
-class _Typed(NamedTuple):
-    source: str
-    source_type: str
-    type: str
-    target: str
-    target_type: str
-
-
-def _typed_ends(report: Report, symmetric: frozenset[str]) -> list[_Typed]:
-    types = {entity.name: entity.type for entity in report.entities}
-    return [_Typed(s, types[s], kind, t, types[t]) for s, kind, t in sorted(_keys(report, symmetric))]
-
-
-def _relaxed_matches(gold: list[_Typed], predicted: list[_Typed], symmetric: frozenset[str]) -> int:
-    """Size of a maximum one-to-one matching under the relaxed schema."""
-    from scipy.sparse import csr_matrix
-    from scipy.sparse.csgraph import maximum_bipartite_matching
-
-    if not gold or not predicted:
-        return 0
-    matches = np.array([[_relaxed(a, b, symmetric) for b in predicted] for a in gold])
-    return int((maximum_bipartite_matching(csr_matrix(matches)) >= 0).sum())
-
-
-def _relaxed(a: _Typed, b: _Typed, symmetric: frozenset[str]) -> bool:
-    if a.type != b.type:
-        return False
-    here = _similar(a.source, b.source, a.source_type, b.source_type)
-    there = _similar(a.target, b.target, a.target_type, b.target_type)
-    if (here and there) or a.type not in symmetric:
-        return here and there
-    crossed = _similar(a.source, b.target, a.source_type, b.target_type)
-    return crossed and _similar(a.target, b.source, a.target_type, b.source_type)
-
-
-def _similar(name: str, other: str, kind: str, other_kind: str) -> bool:
-    return kind == other_kind and (name == other or _share_word(name, other))
-
-
 def _words(name: str) -> set[str]:
     return set(re.findall(r"\w+", name.casefold()))
 
@@ -329,7 +273,7 @@ def _share_word(name: str, other: str) -> bool:
 def taxonomy(
     documents: Sequence[str], gold: Sequence[Report], predicted: Sequence[Parsed], brief: Brief
 ) -> pd.DataFrame:
-    """One row an error: `document` (position), `kind`, `item` (entity, relationship or text) and `detail`.
+    """One row per error: `document` (position), `kind`, `item` (entity, relationship or text) and `detail`.
 
     unparsable  text that could not be read                   ungrounded  a name that does not occur in the document
     type        right name or ends, wrong type                boundary    a name that shares a word with a missed one

@@ -158,10 +158,11 @@ def connect_frontier(
     """
     from erlib.reports import teacher
 
+    limits = teacher.Limits(concurrency=threads)
     if name == "simulated":
-        return teacher.connect(name, engine=Frontier(samples, brief), cache_dir=None, concurrency=threads)
-    paid = {"budget_usd": budget_usd, "price_in": price_in, "price_out": price_out}
-    return teacher.connect(name, api_base=api_base or None, cache_dir=cache_dir, concurrency=threads, **paid)
+        return teacher.connect(name, engine=Frontier(samples, brief), cache_dir=None, limits=limits)
+    budget = teacher.Budget(budget_usd, price_in, price_out)
+    return teacher.connect(name, api_base=api_base or None, cache_dir=cache_dir, budget=budget, limits=limits)
 
 
 class _Draft:

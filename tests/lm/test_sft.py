@@ -42,7 +42,7 @@ def model(tokenizer):
 
 
 def train(model, tokenizer, encoded, tmp_path, harness=lambda model: {"gold_entity_f1": 0.5}, **changes):
-    values = {"points": 3, "batch_size": 4, "learning_rate": 1e-2, "lora_rank": 4, "seed": 1}
+    values = {"points": 3, "batch_size": 4, "learning_rate": 1e-2, "warmup_share": 0.05, "lora_rank": 4, "seed": 1}
     return sft.train(
         model,
         tokenizer,
@@ -51,7 +51,7 @@ def train(model, tokenizer, encoded, tmp_path, harness=lambda model: {"gold_enti
         checkpoints=tmp_path / "checkpoints",
         validation=encoded.rows[:4],
         harness=harness,
-        **(values | changes),
+        training=sft.Training(**(values | changes)),
     )
 
 

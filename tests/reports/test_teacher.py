@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -99,8 +100,9 @@ def endpoint(monkeypatch):
 
 
 def connect(endpoint, tmp_path, **changes):
-    settings = {"cache_dir": tmp_path / "cache", "backoff": 0.01, "timeout": 0.5, **changes}
-    return teacher.connect("frontier:large", api_base=endpoint.url, **settings)
+    limits = {name: changes.pop(name) for name in ("concurrency", "attempts") if name in changes}
+    settings = {"cache_dir": tmp_path / "cache", "limits": teacher.Limits(backoff=0.01, timeout=0.5, **limits)}
+    return teacher.connect("frontier:large", api_base=endpoint.url, **settings, **changes)
 
 
 def ask(lm, documents=DOCUMENTS, threads=4):
@@ -169,6 +171,7 @@ def test_what_is_cached_is_not_asked_again_even_by_a_new_connection(endpoint, tm
     assert ask(lm) == first
     assert len(endpoint.bodies) == 12
     assert teacher.usage(lm) == teacher.Usage(cached=12)
+    assert str(teacher.usage(lm)).startswith("0 requests sent, 12 answers from the cache")
 
 
 @pytest.mark.parametrize("change", [{"temperature": 0.7}, {"max_tokens": 9}, {"model": "other"}, {"template": "Else."}])
@@ -192,27 +195,30 @@ def test_the_key_is_never_written(endpoint, tmp_path, caplog):
 
 # -- budget -------------------------------------------------------------------------------------------------------
 
-PRICES = {"price_in": 1000.0, "price_out": 1000.0, "max_tokens": 50}  # an answer of 120 tokens costs 12 cents
+
+def priced(usd):
+    """An answer of 120 tokens costs 12 cents."""
+    return {"budget": teacher.Budget(usd, price_in=1000.0, price_out=1000.0), "max_tokens": 50}
 
 
 def test_the_budget_stops_before_it_is_exceeded_and_keeps_what_was_paid(endpoint, tmp_path):
-    lm = connect(endpoint, tmp_path, budget_usd=0.8, **PRICES)
+    lm = connect(endpoint, tmp_path, **priced(0.8))
     with pytest.raises(teacher.BudgetExceeded, match="budget_usd"):
         ask(lm)
     sent = len(endpoint.bodies)
     assert sent == 4  # a fifth could have cost 39 cents
     assert teacher.usage(lm).usd == pytest.approx(0.48)
     with pytest.raises(teacher.BudgetExceeded):  # a new connection has no new budget
-        ask(connect(endpoint, tmp_path, budget_usd=0.8, **PRICES))
+        ask(connect(endpoint, tmp_path, **priced(0.8)))
     assert len(endpoint.bodies) == sent
-    assert names(ask(connect(endpoint, tmp_path, budget_usd=5.0, **PRICES))) == [[f"Firm{i}"] for i in range(12)]
+    assert names(ask(connect(endpoint, tmp_path, **priced(5.0)))) == [[f"Firm{i}"] for i in range(12)]
     assert len(endpoint.bodies) == 12
 
 
 def test_requests_under_way_count_at_their_worst_case(endpoint, tmp_path):
     """Twelve threads at once neither slip past the budget together nor give up while others may still settle."""
     endpoint.delay = 0.05
-    lm = connect(endpoint, tmp_path, budget_usd=1.2, **PRICES)
+    lm = connect(endpoint, tmp_path, **priced(1.2))
     with pytest.raises(teacher.BudgetExceeded):
         ask(lm, threads=12)
     assert endpoint.most == 3 and len(endpoint.bodies) == 7
@@ -220,7 +226,7 @@ def test_requests_under_way_count_at_their_worst_case(endpoint, tmp_path):
 
 def test_a_failed_request_gives_its_reservation_back(endpoint, tmp_path):
     endpoint.script = ["400"]
-    lm = connect(endpoint, tmp_path, budget_usd=0.4, **PRICES)
+    lm = connect(endpoint, tmp_path, **priced(0.4))
     with pytest.raises(Exception, match="400"):
         ask(lm, DOCUMENTS[:1])
     assert names(ask(lm, DOCUMENTS[:1])) == [["Firm0"]]
@@ -228,11 +234,11 @@ def test_a_failed_request_gives_its_reservation_back(endpoint, tmp_path):
 
 def test_a_budget_without_prices_is_refused(tmp_path):
     with pytest.raises(ValueError, match="price_in"):
-        teacher.connect("m", cache_dir=tmp_path, budget_usd=1.0)
+        teacher.connect("m", cache_dir=tmp_path, budget=teacher.Budget(1.0))
 
 
 def test_the_estimate_sends_nothing_and_knows_the_cache(endpoint, tmp_path):
-    lm = connect(endpoint, tmp_path, budget_usd=9.0, **PRICES)
+    lm = connect(endpoint, tmp_path, **priced(9.0))
     ask(lm, DOCUMENTS[:5])
     estimate = teacher.estimate(lm, DOCUMENTS, template=TEMPLATE, output_tokens=20)
     assert (estimate.requests, estimate.cached, estimate.output_tokens) == (7, 5, 140)
@@ -276,7 +282,7 @@ def test_reports_resume_where_a_run_was_stopped(tmp_path):
 
 def test_answers_survive_a_kill_of_the_process(tmp_path):
     script = (
-        "import os, signal, sys; from pathlib import Path; sys.path.insert(0, 'tests')\n"
+        f"import os, signal, sys; from pathlib import Path; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_teacher import Counting, DOCUMENTS, ask; from erlib.reports import teacher\n"
         "class Killed(Counting):\n"
         "    def complete(self, request):\n"
@@ -291,7 +297,8 @@ def test_answers_survive_a_kill_of_the_process(tmp_path):
 
 
 def test_tokens_are_estimated_where_the_engine_reports_none(tmp_path):
-    lm = teacher.connect("m", engine=Counting(), cache_dir=tmp_path, price_in=1.0, price_out=1.0)
+    budget = teacher.Budget(price_in=1.0, price_out=1.0)
+    lm = teacher.connect("m", engine=Counting(), cache_dir=tmp_path, budget=budget)
     ask(lm, DOCUMENTS[:1])
     spent = teacher.usage(lm)
     assert spent.input_tokens > 0 and spent.output_tokens > 0

@@ -12,7 +12,23 @@ from scipy import stats
 from erlib.task import metrics
 from erlib.task.schema import Brief, Defect, Entity, Kind, Parsed, Relationship, Report
 
-NONE: frozenset[str] = frozenset()
+NO_BRIEF = None
+BRIEF = Brief(
+    client="a desk",
+    purpose="to know",
+    summaries="short",
+    entities=[
+        Kind(type="org", description="a company", example="Korvex"),
+        Kind(type="person", description="acts for a company", example="Ada"),
+        Kind(type="handle", description="an account", example="@bo", wanted=False),
+    ],
+    relationships=[
+        Kind(type="buys", description="takes over", example="A buys B"),
+        Kind(type="leads", description="runs", example="A leads B"),
+        Kind(type="partners", description="works with", example="A and B", symmetric=True),
+        Kind(type="knows", description="a friend", example="A knows B", wanted=False),
+    ],
+)
 
 
 def report(entities: str = "", relationships: str = "") -> Report:
@@ -31,7 +47,7 @@ def report(entities: str = "", relationships: str = "") -> Report:
 def test_exact_match_by_hand() -> None:
     gold = [report("A/org, B/org, C/person", "A buys B, C leads A"), report(), report("D/org")]
     predicted = [report("A/org, B/person, E/org", "A buys B, A buys E"), report("F/org"), report()]
-    scores = metrics.score(gold, predicted, symmetric=NONE)
+    scores = metrics.score(gold, predicted, NO_BRIEF)
     assert scores.entity_counts.tolist() == [[1, 2, 2], [0, 1, 0], [0, 0, 1]]
     assert scores.relationship_counts.tolist() == [[1, 1, 1], [0, 0, 0], [0, 0, 0]]
     assert scores.entity_precision == 1 / 4
@@ -44,25 +60,24 @@ def test_direction_counts_except_for_symmetric_types_where_both_orders_are_one()
     gold = [report("A/x, B/x", "A partners B")]
     swapped = [report("A/x, B/x", "B partners A")]
     both = [report("A/x, B/x", "A partners B, B partners A")]
-    symmetric = frozenset({"partners"})
-    assert metrics.score(gold, swapped, symmetric=NONE).relationship_counts.tolist() == [[0, 1, 1]]
-    assert metrics.score(gold, swapped, symmetric=symmetric).relationship_counts.tolist() == [[1, 0, 0]]
-    assert metrics.score(gold, both, symmetric=symmetric).relationship_counts.tolist() == [[1, 0, 0]]
+    assert metrics.score(gold, swapped, NO_BRIEF).relationship_counts.tolist() == [[0, 1, 1]]
+    assert metrics.score(gold, swapped, BRIEF).relationship_counts.tolist() == [[1, 0, 0]]
+    assert metrics.score(gold, both, BRIEF).relationship_counts.tolist() == [[1, 0, 0]]
 
 
 def test_nothing_to_find_and_nothing_found_is_perfect_and_anything_else_is_not() -> None:
-    nothing = metrics.score([report()], [report()], symmetric=NONE)
+    nothing = metrics.score([report()], [report()], NO_BRIEF)
     assert nothing.entity_precision == nothing.entity_recall == nothing.entity_f1 == 1
-    invented = metrics.score([report()], [report("A/x")], symmetric=NONE)
+    invented = metrics.score([report()], [report("A/x")], NO_BRIEF)
     assert invented.entity_precision == invented.entity_recall == invented.entity_f1 == 0
-    silent = metrics.score([report("A/x")], [report()], symmetric=NONE)
+    silent = metrics.score([report("A/x")], [report()], NO_BRIEF)
     assert silent.entity_precision == silent.entity_recall == silent.entity_f1 == 0
 
 
 def test_reports_must_pair_up() -> None:
     with pytest.raises(ValueError, match="shorter"):
-        metrics.score([report()], [], symmetric=NONE)
-    assert metrics.score([], [], symmetric=NONE).entity_counts.shape == (0, 3)
+        metrics.score([report()], [], NO_BRIEF)
+    assert metrics.score([], [], NO_BRIEF).entity_counts.shape == (0, 3)
 
 
 # -- schemas ------------------------------------------------------------------------------------------------------
@@ -107,7 +122,7 @@ def as_report(entities: dict[str, str]) -> Report:
 def test_the_headline_score_agrees_with_nervaluate_strict(pairs: Sequence[tuple[dict, dict]]) -> None:
     gold, predicted = [as_report(a) for a, _ in pairs], [as_report(b) for _, b in pairs]
     frame = metrics.entity_schemas(gold, predicted, [" ".join(words)] * len(pairs))
-    scores = metrics.score(gold, predicted, symmetric=NONE)
+    scores = metrics.score(gold, predicted, NO_BRIEF)
     if scores.entity_counts.sum():
         strict = schema(frame, "strict")
         assert strict["correct"] == scores.entity_counts[:, 0].sum()
@@ -116,66 +131,7 @@ def test_the_headline_score_agrees_with_nervaluate_strict(pairs: Sequence[tuple[
         assert strict["f1"] == pytest.approx(scores.entity_f1)
 
 
-def test_relationship_schemas_by_hand() -> None:
-    gold = report("Ada_Bo/person, Korvex Labs/org, Tam/org", "Ada_Bo leads Tam")
-    gold = gold.model_copy(
-        update={"relationships": (*gold.relationships, Relationship(source="Tam", type="buys", target="Korvex Labs"))}
-    )
-    predicted = report("Ada_Bo/org, Korvex/org, Tam/org", "Ada_Bo leads Tam, Tam buys Korvex")
-    frame = metrics.relationship_schemas([gold], [predicted], symmetric=NONE)
-    # leads: names right, a type wrong. buys: a border wrong, types right.
-    assert schema(frame, "strict")["tp"] == 0
-    assert schema(frame, "boundaries")["tp"] == 1
-    assert schema(frame, "relaxed")["tp"] == 1
-    assert schema(frame, "relaxed")["f1"] == 0.5
-
-
-def test_relaxed_matching_is_one_to_one_and_maximal() -> None:
-    gold = Report(
-        entities=[Entity(name=name, type="org") for name in ("New Osti Bank", "New Bank", "Tam")],
-        relationships=[Relationship(source=s, type="buys", target="Tam") for s in ("New Osti Bank", "New Bank")],
-    )
-    predicted = Report(
-        entities=[Entity(name=name, type="org") for name in ("New", "Osti", "Tam")],
-        relationships=[Relationship(source=s, type="buys", target="Tam") for s in ("New", "Osti")],
-    )
-    # Taken in order, "New" would take "New Osti Bank" and leave nothing for "Osti".
-    assert schema(metrics.relationship_schemas([gold], [predicted], symmetric=NONE), "relaxed")["tp"] == 2
-    one = predicted.model_copy(update={"relationships": predicted.relationships[:1]})
-    assert schema(metrics.relationship_schemas([gold], [one], symmetric=NONE), "relaxed")["tp"] == 1
-
-
-def test_relaxed_ends_of_symmetric_types_may_cross() -> None:
-    gold = Report(
-        entities=[Entity(name=name, type="org") for name in ("Alba Labs", "Zed Labs X")],
-        relationships=[Relationship(source="Alba Labs", type="partners", target="Zed Labs X")],
-    )
-    predicted = Report(
-        entities=[Entity(name=name, type="org") for name in ("Xor Alba", "Yes Zed")],
-        relationships=[Relationship(source="Yes Zed", type="partners", target="Xor Alba")],
-    )
-    frame = metrics.relationship_schemas([gold], [predicted], symmetric=frozenset({"partners"}))
-    assert schema(frame, "relaxed")["tp"] == 1
-    assert schema(metrics.relationship_schemas([gold], [predicted], symmetric=NONE), "relaxed")["tp"] == 0
-
-
 # -- taxonomy and rates -------------------------------------------------------------------------------------------
-
-BRIEF = Brief(
-    client="a desk",
-    purpose="to know",
-    summaries="short",
-    entities=[
-        Kind(type="org", description="a company", example="Korvex"),
-        Kind(type="person", description="acts for a company", example="Ada"),
-        Kind(type="handle", description="an account", example="@bo", wanted=False),
-    ],
-    relationships=[
-        Kind(type="buys", description="takes over", example="A buys B"),
-        Kind(type="leads", description="runs", example="A leads B"),
-        Kind(type="knows", description="a friend", example="A knows B", wanted=False),
-    ],
-)
 
 
 def errors(gold: Report, predicted: Report, document: str, defects: Sequence[Defect] = ()) -> list[tuple[str, str]]:
@@ -232,7 +188,7 @@ def test_unparsable_text_is_an_error_and_other_defects_are_not_told_twice() -> N
 @settings(max_examples=60, deadline=None)
 def test_the_taxonomy_accounts_for_every_false_positive_and_false_negative(pairs: Sequence[tuple[dict, dict]]) -> None:
     gold, predicted = [as_report(a) for a, _ in pairs], [as_report(b) for _, b in pairs]
-    counts = metrics.score(gold, predicted, symmetric=NONE).entity_counts
+    counts = metrics.score(gold, predicted, NO_BRIEF).entity_counts
     parsed = [Parsed(p, ()) for p in predicted]
     n = metrics.taxonomy([" ".join(words)] * len(pairs), gold, parsed, BRIEF)["kind"].value_counts()
     both = n.get("type", 0) + n.get("boundary", 0)
@@ -343,3 +299,8 @@ def test_the_sign_test_by_hand() -> None:
     assert metrics.sign_test(5, 0) == pytest.approx(2 / 2**5)
     assert metrics.sign_test(3, 3) == 1
     assert metrics.sign_test(0, 0) == 1
+
+
+def test_an_interval_is_written_with_its_ends() -> None:
+    assert f"{metrics.Interval(0.5, 0.25, 1.0):+.2f}" == "+0.50 (+0.25 to +1.00)"
+    assert f"{metrics.Interval(1, 2, 3)}" == str(metrics.Interval(1, 2, 3))

@@ -1,6 +1,7 @@
 """The tokenizer, the batches and the training loop of the base model, on a tiny one."""
 
 import json
+from dataclasses import asdict
 from itertools import islice
 
 import pytest
@@ -8,10 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from erlib.lm import models
+from erlib.task.schema import Entity, Report
 from erlib.world import pretrain
 
-TINY = {"tokens": 6000, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-TINY |= {"sequence_length": 64, "long_sequence_length": 512, "batch_tokens": 512, "bf16": False, "log_every": 5}
+TINY = {
+    "tokens": 6000,
+    "shape": pretrain.Shape(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2),
+    "batching": pretrain.Batching(sequence_length=64, long_sequence_length=512, batch_tokens=512),
+    "optimisation": pretrain.Optimisation(bf16=False),
+}
+OFTEN = pretrain.Bookkeeping(log_every=5, save_seconds=0)
 
 
 def rows():
@@ -87,9 +94,10 @@ def test_the_rate_rises_falls_and_ends_low():
 
 
 def batches(source=None, **changes):
-    values = {"tokens": 6000, "sequence_length": 64, "long_sequence_length": 512, "long_share": 0.3, "seed": 0}
+    values = {"sequence_length": 64, "long_sequence_length": 512, "long_share": 0.3}
     values |= {"batch_tokens": 512, "prompt_loss_weight": 0.2}
-    return list(pretrain.batches(source or rows(), TOKENIZER, **(values | changes)))
+    batching = pretrain.Batching(**(values | changes))
+    return list(pretrain.batches(source or rows(), TOKENIZER, tokens=6000, batching=batching, seed=0))
 
 
 def test_long_rows_wait_for_the_end_and_no_row_is_cut():
@@ -131,7 +139,7 @@ def killed():
 
 def test_training_resumes_bit_for_bit_and_loads(tmp_path):
     def run(name, source):
-        return pretrain.train(source, TOKENIZER, out=tmp_path / name, save_seconds=0, **TINY)
+        return pretrain.train(source, TOKENIZER, out=tmp_path / name, bookkeeping=OFTEN, **TINY)
 
     log = run("whole", rows())
     with pytest.raises(KillError):
@@ -148,15 +156,38 @@ def test_training_resumes_bit_for_bit_and_loads(tmp_path):
 
 def test_another_run_s_checkpoint_is_refused(tmp_path):
     with pytest.raises(KillError):
-        pretrain.train(killed(), TOKENIZER, out=tmp_path, save_seconds=0, **TINY)
+        pretrain.train(killed(), TOKENIZER, out=tmp_path, bookkeeping=OFTEN, **TINY)
     with pytest.raises(ValueError, match="other settings"):
         pretrain.train(rows(), TOKENIZER, out=tmp_path, **(TINY | {"tokens": 7000}))
+    with pytest.raises(ValueError, match="other settings"):
+        pretrain.train(rows(), TOKENIZER, out=tmp_path, **TINY, seed=1)
 
 
 def test_the_callback_s_figures_join_the_log(tmp_path):
-    log = pretrain.train(
-        rows(), TOKENIZER, out=tmp_path, evaluate=lambda model: {"f1": 0.5}, evaluate_every=2000, **TINY
-    )
+    every = pretrain.Bookkeeping(evaluate_every=2000, log_every=5)
+    log = pretrain.train(rows(), TOKENIZER, out=tmp_path, evaluate=lambda model: {"f1": 0.5}, bookkeeping=every, **TINY)
     assert log["f1"].notna().sum() == 3
     assert "min left" in (tmp_path / "train.log").read_text()
     assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == 16
+
+
+# -- what it can do -----------------------------------------------------------------------------------------------
+
+
+def test_both_forms_are_read_with_and_without_examples_and_told_in_the_card():
+    model = pretrain.new_model(TOKENIZER, seed=0, **asdict(TINY["shape"])).eval()
+    report = Report(entities=(Entity(name="Kor Labs", type="organisation"),))
+    table = pretrain.by_form(model, TOKENIZER, ["Kor Labs is here."], [report], shown=[("Kor Labs grew.", report)] * 2)
+    assert table[["form", "examples"]].to_numpy().tolist() == [["compact", 0], ["compact", 2], ["json", 0], ["json", 2]]
+    assert table["entity F1"].between(0, 1).all() and table["parse-valid"].between(0, 1).all()
+    words = {
+        "documents": 1,
+        "tokens": 6000,
+        "exposure": 0.8,
+        "world_seed": 3,
+        "minutes": 2.0,
+        "threads": 1,
+        "command": "make it",
+    }
+    card = pretrain.card(model, TOKENIZER, table, **words)
+    assert "| json, after 2 examples | " in card and "World(seed=3)" in card and "80% of the phrasings" in card
