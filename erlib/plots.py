@@ -40,7 +40,7 @@ def pretraining(log: "pd.DataFrame") -> "Figure":
     """Draw the log of `pretrain.train` by millions of tokens: loss, and F1 where it was measured."""
     figure, (losses, scores) = _axes("When does it learn to copy names?", width=9.0, columns=2)
     losses.plot(log["tokens"] / 1e6, log["loss"], color=BLUE)
-    losses.set(xlabel="tokens read (millions)", ylabel="loss (nats a token)", ylim=(0, None))
+    losses.set(xlabel="tokens read (millions)", ylabel="loss (nats per token)", ylim=(0, None))
     known = log.dropna(subset="entity_f1") if "entity_f1" in log else log[:0].assign(entity_f1=[], relationship_f1=[])
     for column, colour, label in (("entity_f1", BLUE, "entities"), ("relationship_f1", VERMILION, "relationships")):
         scores.plot(known["tokens"] / 1e6, known[column], color=colour, marker=".", label=label)

@@ -90,7 +90,7 @@ def as_sent(template: Template, form: Form) -> str:
 
 
 def _listed(kinds: Sequence[Kind], *, wanted: bool) -> str:
-    """One line a kind, `- type: description (for example: example)`, with the ends where the brief states them."""
+    """One line per kind, `- type: description (for example: example)`, with the ends where the brief states them."""
     lines = []
     for kind in kinds:
         if kind.wanted == wanted:

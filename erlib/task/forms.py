@@ -2,8 +2,8 @@
 
 A report is written as JSON (frontier LM, files) or in a compact line form (local LM, fewer tokens):
 
-    Name|type|summary            one line an entity; the last field is left out when the summary is empty
-    >relationship|Target         one line a relationship, below the entity it starts from
+    Name|type|summary            one line per entity; the last field is left out when the summary is empty
+    >relationship|Target         one line per relationship, below the entity it starts from
     none                         the report of a document with nothing to find
 
 Both forms round-trip without loss. `parse_compact` and `parse_json` are total: any text gives a report and the list of

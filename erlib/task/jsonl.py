@@ -24,7 +24,7 @@ class Row(NamedTuple):
 
 
 def rows(path: Path) -> Iterator[Row]:
-    """Read one JSON object a line, one at a time; a row that is none says why."""
+    """Read one JSON object per line, one at a time; a row that is none says why."""
     # In binary: text mode and splitlines() also end lines at characters that JSON allows inside strings.
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -74,7 +74,7 @@ def _no_constant(name: str) -> None:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """Read one JSON object a line; raises `ValueError` naming file, line and fault of the first bad line."""
+    """Read one JSON object per line; raises `ValueError` naming file, line and fault of the first bad line."""
     objects = []
     for row in rows(Path(path)):
         if row.fields is None:
@@ -90,7 +90,7 @@ def numbered_rows(path: str | Path) -> Iterator[tuple[int, Mapping[str, Any] | N
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any] | BaseModel]) -> None:
-    """Write one JSON object a line, UTF-8; the file appears complete or not at all. Raises `ValueError` on NaN."""
+    """Write one JSON object per line, UTF-8; the file appears complete or not at all. Raises `ValueError` on NaN."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8", newline="\n") as file:
