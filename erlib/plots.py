@@ -428,13 +428,13 @@ def seconds_by_step(log: "pd.DataFrame") -> "Figure":
 
 
 def alternatives(dpo: "pd.DataFrame", rloo: "pd.DataFrame") -> "Figure":
-    """Draw the logs of `preference.dpo` (reward margin, accuracy) and `preference.rloo` (reward, KL) by step."""
+    """Draw the logs of `alternatives.dpo` (reward margin, accuracy) and `alternatives.rloo` (reward, KL) by step."""
     figure, axes = _axes("Do DPO and RLOO learn?", width=12.0, columns=4)
     panels = [
         (dpo, "rewards/margins", "DPO: margin of chosen over rejected", BLUE),
         (dpo, "rewards/accuracies", "DPO: share of pairs with a margin above 0", BLUE),
         (rloo, "reward", "RLOO: reward of the samples", VERMILION),
-        (rloo, "kl", "RLOO: KL from the start, nats a token", VERMILION),
+        (rloo, "kl", "RLOO: KL from the start, nats per token", VERMILION),
     ]
     for axis, (log, column, label, colour) in zip(axes, panels, strict=True):
         axis.plot(log["step"], log[column], color=colour, alpha=0.35)
@@ -445,7 +445,7 @@ def alternatives(dpo: "pd.DataFrame", rloo: "pd.DataFrame") -> "Figure":
 
 
 def frontier(points: "pd.DataFrame") -> "Figure":
-    """One panel a measure, against the root of the KL: columns method, kl (nats), measure, value, low, high.
+    """One panel per measure, against the root of the KL: columns method, kl (nats), measure, value, low, high.
 
     The points of a method are joined in order; the root makes the start of each curve a straight line (2210.10760).
     """
@@ -458,13 +458,13 @@ def frontier(points: "pd.DataFrame") -> "Figure":
             spread = [line["value"] - line["low"], line["high"] - line["value"]]
             root = line["kl"].clip(lower=0) ** 0.5  # an estimate of nearly no KL can fall below 0
             axis.errorbar(root, line["value"], spread, color=colour, marker=marker, capsize=3, label=name)
-        axis.set(xlabel="root of the KL from the start (nats a report)", ylabel=f"{measure}, 95 % interval")
+        axis.set(xlabel="root of the KL from the start (nats per report)", ylabel=f"{measure}, 95 % interval")
     axes[0].legend(fontsize=8, frameon=False)
     return figure
 
 
 def costs(table: "pd.DataFrame") -> "Figure":
-    """One panel a column, one bar a row, each bar with its value."""
+    """One panel per column, one bar per row, each bar with its value."""
     figure, axes = _axes(
         "What does each method cost?", width=11.0, height=1.4 + 0.4 * len(table), columns=table.shape[1]
     )
@@ -482,7 +482,7 @@ def costs(table: "pd.DataFrame") -> "Figure":
 
 
 def by_round(frame: "pd.DataFrame", *, title: str) -> "Figure":
-    """One panel a measure, one line a series, by round: columns round, measure, series, value, low, high."""
+    """One panel per measure, one line per series, by round: columns round, measure, series, value, low, high."""
     measures = list(dict.fromkeys(frame["measure"]))
     figure, axes = _axes(title, width=0.6 + 3.6 * len(measures), columns=len(measures))
     for axis, measure in zip(axes, measures, strict=True):
@@ -504,7 +504,7 @@ def by_round(frame: "pd.DataFrame", *, title: str) -> "Figure":
 
 
 def power(planned: "pd.DataFrame", *, n: int, target: float) -> "Figure":
-    """Draw power by number of documents, one line a column (a significance level); `n` is the number taken."""
+    """Draw power by number of documents, one line per column (a significance level); `n` is the number taken."""
     figure, (axis,) = _axes("How many documents does the question need?")
     for column, colour, line in zip(planned, (BLUE, VERMILION, GREEN), ("-", "--", ":"), strict=False):
         axis.plot(planned.index, planned[column], color=colour, linestyle=line, label=column)
@@ -517,7 +517,7 @@ def power(planned: "pd.DataFrame", *, n: int, target: float) -> "Figure":
 
 
 def outcomes(table: "pd.DataFrame", *, title: str) -> "Figure":
-    """One bar a row: shares won, tied and lost (`win`, `tie`, `loss`), with the interval of the first and the last."""
+    """One bar per row: shares won, tied and lost (`win`, `tie`, `loss`), with the intervals of first and last."""
     figure, (axis,) = _axes(title, width=8.0, height=1.5 + 0.45 * len(table))
     for height, (_, row) in enumerate(table.iterrows()):
         left = 0.0
@@ -535,7 +535,7 @@ def outcomes(table: "pd.DataFrame", *, title: str) -> "Figure":
 
 
 def fault_rates(frame: "pd.DataFrame") -> "Figure":
-    """One group of points a fault, one point a system with its interval: columns name, measure, value, low, high."""
+    """One group of points per fault, one point per system: columns name, measure, value, low, high."""
     names, measures = list(dict.fromkeys(frame["name"])), list(dict.fromkeys(frame["measure"]))
     figure, (axis,) = _axes("Which faults went away?", width=8.0, height=1.4 + 0.5 * len(measures))
     for place, (name, colour, marker) in enumerate(zip(names, (GREY, SKY, BLUE, VERMILION), "Dso^", strict=False)):
@@ -544,7 +544,7 @@ def fault_rates(frame: "pd.DataFrame") -> "Figure":
         height = [row + 0.2 * (place - (len(names) - 1) / 2) for row in range(len(measures))]
         axis.errorbar(rows["value"], height, xerr=spread, color=colour, marker=marker, linestyle="", label=name)
     axis.set_yticks(range(len(measures)), measures)
-    axis.set(xlabel="faults a document, 95 % interval", xlim=(0, None))
+    axis.set(xlabel="faults per document, 95 % interval", xlim=(0, None))
     axis.invert_yaxis()
     axis.legend(fontsize=8, frameon=False, loc="lower right")
     return figure

@@ -65,7 +65,7 @@ class Comparison(BaseModel):
     """One question: a document and two reports as they are shown, A and B; who wrote which is for the record only."""
 
     model_config = _STRICT
-    id: str  # document, order and a hash of what is shown: a judgement of other texts does not fit it
+    id: str  # document, order and a hash of texts and systems: a judgement of other texts does not fit it
     document_id: str
     order: Literal[1, 2]  # 2: the same reports the other way round, for a second time
     document: str
@@ -145,7 +145,8 @@ def questions(
 
 def _comparison(document: Document, by_system: Mapping[str, str], order: tuple[str, str], number: int) -> Comparison:
     a, b = order
-    content = "\x1f".join((document.text, by_system[a], by_system[b]))
+    # With the systems: where two of them write the same, their contests against a third ask different questions.
+    content = "\x1f".join((document.text, by_system[a], by_system[b], a, b))
     return Comparison(
         id=f"{document.id}#{number}-{hashlib.sha256(content.encode()).hexdigest()[:8]}",
         document_id=document.id,
@@ -205,7 +206,7 @@ def vote(comparison: Comparison, annotator: str, position: int, scores: Mapping[
 
 
 def tasks(queued: Mapping[str, Sequence[Comparison]]) -> Iterator[dict[str, str]]:
-    """Give what people are sent, a row a judgement: pair, annotator, document and both texts, no system."""
+    """Give what people are sent, one row per judgement: pair, annotator, document and both texts, no system."""
     for annotator, comparisons in queued.items():
         for comparison in comparisons:
             document, a, b = _texts(comparison)
@@ -216,7 +217,7 @@ def tasks(queued: Mapping[str, Sequence[Comparison]]) -> Iterator[dict[str, str]
 def read_votes(path: Path, queued: Mapping[str, Sequence[Comparison]]) -> list[Vote]:
     """Read people's answers to `tasks`: JSONL of `store.Judgement`, as many of them as there are.
 
-    Raises ValueError that names file, line and mend for a row that is no judgement, that answers no task of this
+    Raises ValueError that names file, line and what to do for a row that is no judgement, that answers no task of this
     annotator, or that answers one again.
     """
     places = {
@@ -312,6 +313,23 @@ def table(results: Mapping[str, Result]) -> "pd.DataFrame":
         for share in ("win", "tie", "loss", "ratio"):
             row |= dict(zip((share, f"{share}_low", f"{share}_high"), getattr(found, share), strict=True))
         rows[name] = row | {"p": found.p, "p_ties_split": found.p_ties_split}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def readable(results: Mapping[str, Result]) -> "pd.DataFrame":
+    """Lay results out for reading: counts of documents, shares and ratio with their intervals, both p-values."""
+    import pandas as pd
+
+    def said(found: metrics.Interval) -> str:
+        return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+    rows = {}
+    for name, found in results.items():
+        rows[name] = {
+            **{"documents": found.n, "won": found.wins, "tied": found.ties, "lost": found.losses},
+            **{"share won": said(found.win), "share lost": said(found.loss), "won to lost": said(found.ratio)},
+            **{"p": f"{found.p:.2g}", "p, ties split": f"{found.p_ties_split:.2g}"},
+        }
     return pd.DataFrame.from_dict(rows, orient="index")
 
 

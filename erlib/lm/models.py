@@ -61,23 +61,40 @@ def load(
     that `quantise` wrote needs no such word: it comes back as it was written. Raises FileNotFoundError for a hub name
     that is not in the local cache, unless `allow_download`.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     name = str(EMBEDDED if name_or_path == "embedded" else name_or_path)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     packed = {"quantization_config": nf4(dtype), "device_map": {"": device}} if quantisation == "nf4" else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not allow_download, padding_side="left")
+    tokenizer = load_tokenizer(name, allow_download=allow_download)
+    with _naming(name):
         model = AutoModelForCausalLM.from_pretrained(
             name, local_files_only=not allow_download, dtype=getattr(torch, dtype), use_safetensors=True, **packed
         )
-    except OSError as error:
-        mend = "set allow_download to fetch it from the hub, or name a folder with config.json and model.safetensors"
-        raise FileNotFoundError(f"model {name!r} cannot be loaded: {mend} ({error})") from error
+    return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(name_or_path: str | Path, *, allow_download: bool = False) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer that `load` gives with the LM, alone."""
+    from transformers import AutoTokenizer
+
+    name = str(EMBEDDED if name_or_path == "embedded" else name_or_path)
+    with _naming(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not allow_download, padding_side="left")
     tokenizer.split_special_tokens = True
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token
-    return model.to(device).eval(), tokenizer
+    return tokenizer
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Say which model cannot be loaded, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        advice = "set allow_download to fetch it from the hub, or name a folder with config.json and model.safetensors"
+        raise FileNotFoundError(f"model {name!r} cannot be loaded: {advice} ({error})") from error
 
 
 @contextmanager

@@ -249,6 +249,15 @@ def test_counts_intervals_and_both_sign_tests_of_the_source_s_shares():
     assert (table["wins"], table["win"], table["p"]) == (49, 0.49, found.p)
 
 
+def test_results_can_be_read_counts_as_counts_and_small_p_values_as_such():
+    row = blindtest.readable({"blind": counted(49, 24, 27), "clear": counted(300, 20, 30)})
+    assert row.loc["blind", ["documents", "won", "tied", "lost"]].tolist() == [100, 49, 24, 27]
+    assert row.loc["blind", "share won"] == "0.49 [0.39, 0.59]"
+    assert row.loc["blind", "won to lost"].startswith("1.81 [")
+    assert row.loc["blind", "p"] == "0.015"
+    assert 0 < float(row.loc["clear", "p"]) < 1e-50
+
+
 def test_extremes_are_finite_or_stated():
     assert counted(10, 0, 0).ratio.value == 10 and counted(10, 0, 0).p < 0.01
     none = counted(0, 0, 0)

@@ -17,6 +17,8 @@ from erlib.lm.checkpoints import (
     require_merged,
 )
 from erlib.reports import local
+from erlib.task.forms import short_prompt
+from erlib.task.schema import Document
 from erlib.world import pretrain
 
 TEXTS = [
@@ -166,6 +168,13 @@ def test_special_tokens_in_a_document_stay_text(tokenizer):
     assert tokenizer.eos_token_id not in ids and tokenizer.pad_token_id not in ids
     assert ids.count(tokenizer.bos_token_id) == 1
     assert tokenizer.decode(ids[1:]) == "say </s> and <pad> and <s>"
+
+
+def test_a_document_fits_where_its_prompt_and_the_longest_report_do(tokenizer):
+    document = Document(id="d", text=TEXTS[0])
+    prompt = len(models.encode_prompt(tokenizer, short_prompt(document.text)))
+    assert models.fits(tokenizer, max_tokens=prompt + 20, max_new_tokens=20)(document)
+    assert not models.fits(tokenizer, max_tokens=prompt + 19, max_new_tokens=20)(document)
 
 
 def test_a_chat_template_becomes_special_tokens_but_contents_do_not(tokenizer):
