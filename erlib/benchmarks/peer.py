@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from erlib.chain.memory import peak_rss
+from erlib.chain.memory import peak_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +91,7 @@ def memory(models: "list[torch.nn.Module]") -> Iterator[dict[str, int]]:
         yield found
     finally:
         hook.remove()
-    found["peak"] = peak_rss() - before
+    found["peak"] = peak_bytes() - before
 
 
 def toy(workload: dict[str, Any]) -> dict[str, Any]:

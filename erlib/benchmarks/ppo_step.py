@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from erlib.policy import ppo
     from erlib.policy.multiadapter import RewardModel
 
 PEER = ROOT / ".venv-peer"
@@ -41,49 +43,42 @@ def peer_python() -> Path:
     return PEER / "bin" / "python"
 
 
-def prepare(
-    folder: Path,
-    tokenizer: "PreTrainedTokenizerBase",
-    texts: Sequence[str],
-    *,
-    width: int,
-    layers: int,
-    prompt_tokens: int,
-    new_tokens: int,
-    prompts_per_step: int,
-    samples: int,
-    mini_batch_size: int,
-    epochs: int,
-    steps: int,
-    lora_rank: int,
-    seed: int,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Work:
+    """The shape of a workload, the same for all sides."""
+
+    width: int  # hidden size of each model
+    layers: int
+    prompt_tokens: int  # of every prompt
+    new_tokens: int  # of every completion: nothing ends early
+    prompts_per_step: int
+    samples: int  # completions of each prompt
+    mini_batch_size: int  # prompts, with all their samples, an optimiser step
+    epochs: int  # passes over a step's completions
+    steps: int  # the first warms up and is not counted
+    lora_rank: int
+    seed: int
+
+
+def prepare(folder: Path, tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], work: Work) -> dict[str, Any]:
     """Write a workload and its tokenizer into `folder`, and give the workload.
 
     Prompts are the first `prompt_tokens` tokens of those texts that have as many; ValueError if they do not fill the
-    steps. A mini-batch is `mini_batch_size` prompts with all their samples. The tokenizer's end and padding tokens lie
-    outside the model's vocabulary: nothing ends early on any side.
+    steps. The tokenizer's end and padding tokens lie outside the model's vocabulary: nothing ends early on any side.
     """
     encoded = [tokenizer(text, split_special_tokens=True)["input_ids"] for text in texts]
-    prompts = [ids[:prompt_tokens] for ids in encoded if len(ids) >= prompt_tokens]
-    needed = prompts_per_step * (steps + 1)  # after the last step the policy is sampled once more
+    prompts = [ids[: work.prompt_tokens] for ids in encoded if len(ids) >= work.prompt_tokens]
+    needed = work.prompts_per_step * (work.steps + 1)  # after the last step the policy is sampled once more
     if len(prompts) < needed:
-        raise ValueError(f"{len(prompts)} of {len(texts)} texts have {prompt_tokens} tokens; {needed} are needed")
-    workload = {
-        "width": width,
-        "layers": layers,
-        "vocabulary": len(tokenizer),
-        "new_tokens": new_tokens,
-        "prompts_per_step": prompts_per_step,
-        "samples": samples,
-        "mini_batch_size": mini_batch_size,
-        "epochs": epochs,
-        "steps": steps,
-        "lora_rank": lora_rank,
-        "learning_rate": 1e-5,  # small: random weights have nothing to learn, and no step may be cut short
-        "seed": seed,
-        "prompts": prompts[:needed],
-    }
+        raise ValueError(f"{len(prompts)} of {len(texts)} texts have {work.prompt_tokens} tokens; {needed} are needed")
+    workload = (
+        asdict(work)
+        | {
+            "vocabulary": len(tokenizer),
+            "learning_rate": 1e-5,  # small: random weights have nothing to learn, and no step may be cut short
+            "prompts": prompts[:needed],
+        }
+    )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "workload.json").write_text(json.dumps(workload) + "\n", encoding="utf-8")
     tokenizer.add_special_tokens({"eos_token": "<never written>", "pad_token": "<never needed>"})
@@ -120,28 +115,40 @@ def train(folder: Path, workload: dict[str, Any], *, models: "list[torch.nn.Modu
             out=Path(scratch) / "policy",
             checkpoints=Path(scratch) / "checkpoints",
             harness=lambda _: {},
-            steps=workload["steps"],
-            prompts_per_step=workload["prompts_per_step"],
+            settings=_settings(workload),
+        ).log
+    steps = log[: workload["steps"]].rename(columns={f"seconds_{part}": part for part in peer.PARTS})
+    return steps[list(peer.PARTS)].to_dict("records")
+
+
+def _settings(workload: dict[str, Any]) -> "ppo.Settings":
+    """Our trainer's settings that make it do what TRL does: no warm-up, no limit that ends an update, no alarm."""
+    from erlib.policy import ppo
+
+    rank, prompts = workload["lora_rank"], workload["prompts_per_step"]
+    return ppo.Settings(
+        steps=workload["steps"],
+        sampling=ppo.Sampling(
+            prompts_per_step=prompts,
             samples=workload["samples"],
             max_new_tokens=workload["new_tokens"],
+            generation_batch_size=prompts * workload["samples"],
             stop=(),
+        ),
+        update=ppo.Update(
             learning_rate=workload["learning_rate"],
             value_learning_rate=workload["learning_rate"],
             warmup_steps=0,
             epochs=workload["epochs"],
             mini_batch_size=workload["mini_batch_size"],
-            micro_batch_size=workload["prompts_per_step"],
-            ratio_threshold=math.inf,  # TRL knows neither limit
+            micro_batch_size=prompts,
+            ratio_threshold=math.inf,
             target_kl=math.inf,
-            lora_rank=workload["lora_rank"],
-            lora_alpha=2 * workload["lora_rank"],
-            guard_window=workload["steps"] + 2,  # more than there are batches
-            generation_batch_size=workload["prompts_per_step"] * workload["samples"],
-            checkpoint_every=workload["steps"] + 1,
-            seed=workload["seed"],
-        ).log
-    steps = log[: workload["steps"]].rename(columns={f"seconds_{part}": part for part in peer.PARTS})
-    return steps[list(peer.PARTS)].to_dict("records")
+        ),
+        adapter=ppo.Adapter(lora_rank=rank, lora_alpha=2 * rank),
+        upkeep=ppo.Upkeep(guard_window=workload["steps"] + 2, checkpoint_every=workload["steps"] + 1),
+        seed=workload["seed"],
+    )
 
 
 def _reward_model(folder: Path, workload: dict[str, Any]) -> "RewardModel":

@@ -34,6 +34,7 @@ from erlib.chain.manifest import (
     shown,
     write_manifest,
 )
+from erlib.chain.memory import peak_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -161,13 +162,6 @@ def _device() -> str:
     return torch.cuda.get_device_name() if torch and torch.cuda.is_available() else f"cpu, {os.cpu_count()} cores"
 
 
-def _peak_rss_mb() -> float:
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
-
-
 @dataclass
 class Phase:
     """One phase at work, from `start` to `finish` or `pause`."""
@@ -243,7 +237,7 @@ class Phase:
             "verdict": [row._asdict() for row in checks],
             "metrics": {name: _plain(value) for name, value in metrics.items()},
             "seconds": round(self.seconds(), 2),
-            "peak_rss_mb": _peak_rss_mb(),
+            "peak_rss_mb": round(peak_bytes() / 2**20, 1),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": commit(),
             "device": _device(),

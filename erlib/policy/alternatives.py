@@ -12,16 +12,15 @@ adapter switched off. Where this departs from trl's own path:
 
 import gc
 import math
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
+from erlib.chain import memory
 from erlib.lm import models
 from erlib.lm.checkpoints import save_adapter
 from erlib.task import metrics
@@ -44,6 +43,42 @@ def normalised(score: Score, *, mean: float, std: float) -> Score:
     if not std > 0:
         raise ValueError(f"the reward model's std is {std}: it gives every sample the same reward, train it again")
     return lambda prompts, completions: (score(prompts, completions) - mean) / std
+
+
+# -- settings -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DPO:
+    """What DPO alone is told."""
+
+    beta: float = 0.1  # price of distance from the start
+    epochs: int = 1  # passes over the pairs
+    batch_size: int = 16  # pairs a step
+
+
+@dataclass(frozen=True)
+class RLOO:
+    """What RLOO alone is told."""
+
+    max_new_tokens: int = 192  # longest completion
+    prompts_per_step: int = 16  # prompts of a step, each once
+    samples: int = 4  # completions of each prompt: the others of a prompt are the baseline of one
+    temperature: float = 1.0  # of sampling; the round's own, as the reward model knows no other
+    kl_coef: float = 0.05  # price of a nat of distance from the start, in rewards
+    missing_end_penalty: float = 1.0  # rewards that a completion without its end token loses
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What both are told alike."""
+
+    learning_rate: float = 5e-4  # for LoRA: trl's default of 1e-6 is for full tuning
+    lora_rank: int = 16  # of the fresh adapter on every linear layer; alpha is twice that
+    points: int = 3  # adapters kept, at equal distances, the last one at the end
+    bf16: bool = False  # mixed precision: on a GPU
+    gradient_checkpointing: bool = False  # activations are computed again instead of kept: for large LMs
+    seed: int = 0  # every random choice follows from it
 
 
 # -- training -----------------------------------------------------------------------------------------------------
@@ -97,20 +132,13 @@ def dpo(
     rows: Sequence[dict[str, list[int]]],
     *,
     out: Path,
-    beta: float = 0.1,
-    epochs: int = 1,
-    batch_size: int = 16,
-    learning_rate: float = 5e-4,
-    lora_rank: int = 16,
-    points: int = 3,
-    bf16: bool = False,
-    gradient_checkpointing: bool = False,
-    seed: int = 0,
+    settings: DPO = DPO(),
+    tuning: Tuning = Tuning(),
 ) -> Trained:
     """Direct preference optimisation (2305.18290) of a fresh adapter on encoded pairs; the reference is `model`.
 
-    Adapters are saved in `out/step-<n>` at `points` equal distances, the last one at the end. `model` carries the
-    adapter afterwards. The learning rate is one for LoRA: trl's default of 1e-6 is for full tuning.
+    Adapters are saved in `out/step-<n>`. `model` carries the adapter afterwards. Raises RuntimeError where a row or a
+    step was lost on the way.
     """
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
@@ -119,26 +147,26 @@ def dpo(
         def _prepare_dataset(self, dataset: Dataset, *_: object) -> Dataset:
             return dataset
 
-    steps = math.ceil(len(rows) / batch_size) * epochs
+    steps = math.ceil(len(rows) / settings.batch_size) * settings.epochs
     trainer = ReadyMade(
         model=model,
         processing_class=tokenizer,
         args=DPOConfig(
-            beta=beta,
+            beta=settings.beta,
             max_length=None,
-            num_train_epochs=epochs,
-            per_device_train_batch_size=batch_size,
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=settings.batch_size,
             train_sampling_strategy="group_by_length",  # less padding
             remove_unused_columns=False,  # it would remove the lengths
-            **_arguments(model, out, steps, learning_rate, bf16, gradient_checkpointing, seed),
+            **_arguments(model, out, steps, tuning),
         ),
         train_dataset=Dataset.from_list([row | {"length": sum(map(len, row.values()))} for row in rows]),
-        peft_config=_lora(lora_rank, seed),
+        peft_config=_lora(tuning),
     )
     if len(trainer.train_dataset) != len(rows):
         raise RuntimeError(f"{len(trainer.train_dataset)} of {len(rows)} pairs are left: rows were lost on the way")
-    tokens = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows) * epochs
-    return Trained(*_run(trainer, out=out, points=points, steps=steps), tokens)
+    tokens = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows) * settings.epochs
+    return Trained(*_run(trainer, out=out, points=tuning.points, steps=steps), tokens)
 
 
 def rloo(
@@ -148,30 +176,22 @@ def rloo(
     score: Score,
     *,
     out: Path,
-    max_new_tokens: int,
-    prompts_per_step: int = 16,
-    samples: int = 4,
-    temperature: float = 1.0,
-    kl_coef: float = 0.05,
-    missing_end_penalty: float = 1.0,
-    learning_rate: float = 5e-4,
-    lora_rank: int = 16,
-    points: int = 3,
-    bf16: bool = False,
-    gradient_checkpointing: bool = False,
-    seed: int = 0,
+    settings: RLOO = RLOO(),
+    tuning: Tuning = Tuning(),
 ) -> Trained:
-    """REINFORCE leave-one-out (2402.14740) of a fresh adapter: each prompt is used once, with `samples` completions.
+    """REINFORCE leave-one-out (2402.14740) of a fresh adapter: each prompt is used once, with its samples.
 
-    `score` gives the rewards; a completion without an end token loses `missing_end_penalty`, and the KL from `model` as
-    given, times `kl_coef`, is subtracted. Adapters are saved as by `dpo`. Raises ValueError unless the prompts fill
-    whole steps.
+    `score` gives the rewards, from which the penalty for a missing end and the KL from `model` as given are subtracted.
+    Adapters are saved as by `dpo`. Raises ValueError unless the prompts fill whole steps, and RuntimeError where a
+    prompt was lost on the way.
     """
     from datasets import Dataset
-    from trl import RLOOConfig, RLOOTrainer
+    from trl import RLOOConfig
 
-    if not prompts or len(prompts) % prompts_per_step:
-        raise ValueError(f"{len(prompts)} prompts are not whole steps of {prompts_per_step}: trl would drop the rest")
+    if not prompts or len(prompts) % settings.prompts_per_step:
+        raise ValueError(
+            f"{len(prompts)} prompts are not whole steps of {settings.prompts_per_step}: trl would drop the rest"
+        )
     if tokenizer(list(prompts))["input_ids"] != [models.encode_prompt(tokenizer, prompt) for prompt in prompts]:
         raise ValueError("this tokenizer reads special tokens in the prompts: take the one that models.load gives")
     end, lengths = tokenizer.eos_token_id, []
@@ -179,77 +199,78 @@ def rloo(
     def reward(prompts: list[str], completion_ids: list[list[int]], **_: object) -> list[float]:
         lengths.extend(map(len, completion_ids))
         missing = np.array([ids[-1] != end for ids in completion_ids])
-        return (score(prompts, completion_ids) - missing_end_penalty * missing).tolist()
+        return (score(prompts, completion_ids) - settings.missing_end_penalty * missing).tolist()
+
+    steps = len(prompts) // settings.prompts_per_step
+    parts = math.gcd(4, settings.prompts_per_step)  # backward passes a step: a quarter of the memory
+    trainer = _rloo_trainer(settings, tuning.seed)(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=reward,
+        args=RLOOConfig(
+            beta=settings.kl_coef,
+            per_device_train_batch_size=settings.prompts_per_step // parts * settings.samples,
+            gradient_accumulation_steps=parts,
+            num_generations=settings.samples,
+            max_completion_length=settings.max_new_tokens,
+            temperature=settings.temperature,
+            max_steps=steps,
+            **_arguments(model, out, steps, tuning),
+        ),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        peft_config=_lora(tuning),
+    )
+    ran = _run(trainer, out=out, points=tuning.points, steps=steps)
+    if len(lengths) != len(prompts) * settings.samples:
+        wanted = len(prompts) * settings.samples
+        raise RuntimeError(f"{len(lengths)} of {wanted} completions were scored: prompts were lost on the way")
+    return Trained(*ran, sum(lengths))
+
+
+def _rloo_trainer(settings: RLOO, seed: int) -> type:
+    """trl's RLOO trainer, sampling with `models.generate` (point 3 above)."""
+    from trl import RLOOTrainer
 
     class Ours(RLOOTrainer):
         def _generate_single_turn(self, prompt_ids: list[list[int]], *_: object) -> list[list[int]]:
             written = models.generate(
                 self.accelerator.unwrap_model(self.model),
-                tokenizer,
+                self.processing_class,
                 prompt_ids,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=settings.max_new_tokens,
                 batch_size=len(prompt_ids),
-                temperature=temperature,
+                temperature=settings.temperature,
                 seed=int(np.random.default_rng([seed, self.state.global_step]).integers(2**31)),
                 stop=(),
             )
             return [list(completion.ids) for completion in written]
 
-    steps = len(prompts) // prompts_per_step
-    parts = math.gcd(4, prompts_per_step)  # backward passes a step: a quarter of the memory
-    trainer = Ours(
-        model=model,
-        processing_class=tokenizer,
-        reward_funcs=reward,
-        args=RLOOConfig(
-            beta=kl_coef,
-            per_device_train_batch_size=prompts_per_step // parts * samples,
-            gradient_accumulation_steps=parts,
-            num_generations=samples,
-            max_completion_length=max_new_tokens,
-            temperature=temperature,
-            max_steps=steps,
-            **_arguments(model, out, steps, learning_rate, bf16, gradient_checkpointing, seed),
-        ),
-        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
-        peft_config=_lora(lora_rank, seed),
-    )
-    ran = _run(trainer, out=out, points=points, steps=steps)
-    if len(lengths) != len(prompts) * samples:
-        raise RuntimeError(f"{len(lengths)} of {len(prompts) * samples} completions were scored: prompts were lost")
-    return Trained(*ran, sum(lengths))
+    return Ours
 
 
-def _arguments(
-    model: "PreTrainedModel",
-    out: Path,
-    steps: int,
-    learning_rate: float,
-    bf16: bool,
-    gradient_checkpointing: bool,
-    seed: int,
-) -> dict:
+def _arguments(model: "PreTrainedModel", out: Path, steps: int, tuning: Tuning) -> dict:
     """What both trainers are told alike."""
     return {
         "output_dir": str(out),
         "use_cpu": model.device.type == "cpu",
-        "learning_rate": learning_rate,
+        "learning_rate": tuning.learning_rate,
         "lr_scheduler_type": "linear",
         "warmup_steps": math.ceil(0.1 * steps),
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "bf16": bf16,
-        "gradient_checkpointing": gradient_checkpointing,
-        "seed": seed,
+        "bf16": tuning.bf16,
+        "gradient_checkpointing": tuning.gradient_checkpointing,
+        "seed": tuning.seed,
     }
 
 
-def _lora(rank: int, seed: int) -> "LoraConfig":
+def _lora(tuning: Tuning) -> "LoraConfig":
     from peft import LoraConfig
 
-    models.seed_everything(seed)  # LoRA's weights are drawn before the trainer seeds anything
+    models.seed_everything(tuning.seed)  # LoRA's weights are drawn before the trainer seeds anything
+    rank = tuning.lora_rank
     return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
@@ -273,42 +294,15 @@ def _run(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Keep())
     began = time.monotonic()
-    with _peak_memory(trainer.model.device) as peak:
-        trainer.train()
+    gc.collect()
+    memory.reset(trainer.model.device.type)
+    trainer.train()
     if trainer.state.global_step != steps:
         raise RuntimeError(f"{trainer.state.global_step} of {steps} steps were taken: rows were lost on the way")
     seconds = time.monotonic() - began
     log = pd.DataFrame([entry for entry in trainer.state.log_history if "train_runtime" not in entry])
     log = log.drop(columns="step_time", errors="ignore")  # it would differ from run to run
-    return log, adapters, seconds, peak[0]
-
-
-@contextmanager
-def _peak_memory(device: torch.device) -> Iterator[list[float]]:
-    """Watch memory while the block runs; the list holds the peak in MiB afterwards."""
-    import psutil
-
-    peak, done, process = [0.0], threading.Event(), psutil.Process()
-
-    def watch() -> None:
-        while not done.wait(0.05):
-            peak[0] = max(peak[0], process.memory_info().rss / 2**20)
-
-    gc.collect()
-    peak[0] = process.memory_info().rss / 2**20
-    thread = threading.Thread(target=watch, daemon=True)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        if device.type == "cuda":
-            peak[0] = torch.cuda.max_memory_allocated(device) / 2**20
-        else:
-            thread.join()
+    return log, adapters, seconds, memory.peak_bytes(trainer.model.device.type) / 2**20
 
 
 # -- what a policy writes -----------------------------------------------------------------------------------------

@@ -7,30 +7,30 @@ After Schulman et al. (1707.06347), Ziegler et al. (1909.08593: KL in the reward
 2. policy and value share no trained weight: a mini-batch is a forward and backward of the one, then of the other;
 3. every process knows all rollouts of a step, and the work on them is divided: any number of processes takes the same
    step as one;
-4. a guard on the distribution of rewards (`monitor`) can send training back to its last good checkpoint.
+4. a guard on the distribution of rewards (`rewards.guard`) can send training back to its last good checkpoint.
 """
 
 import hashlib
 import json
 import math
 import os
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
+from erlib.chain import memory
 from erlib.lm import models
 from erlib.policy import losses, rollouts
 from erlib.policy.multiadapter import MultiAdapter, RewardModel, check_start, require
 from erlib.policy.multiadapter import read_reward_model as read_reward_model
+from erlib.policy.rollouts import Sampling, Shaping
 from erlib.rewards.guard import Alarm, Guard
 
 if TYPE_CHECKING:
@@ -39,6 +39,60 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Harness = Callable[["PreTrainedModel"], dict[str, float]]
+
+
+# -- settings -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Update:
+    """How policy and value model learn from a step's rollouts."""
+
+    learning_rate: float = 1e-3  # of the policy's LoRA on a small LM; 1e-5 to 1e-4 suits one of 7 B parameters
+    value_learning_rate: float = 1e-3  # of the value model's
+    warmup_steps: int = 1  # steps in which the value model learns alone: advantages of an untrained one are noise
+    epochs: int = 2  # passes over a step's rollouts
+    mini_batch_size: int = 8  # prompts, with all their samples, an optimiser step
+    micro_batch_size: int = 2  # prompts, with all their samples, in memory at once
+    clip_range: float = 0.2  # of the ratio (1707.06347)
+    value_clip: float = 0.2  # of a value's change, from the end of the warm-up on
+    value_coef: float = 0.1  # weight of the value loss
+    dual_clip: float = 3.0  # bound on the loss of a bad token that became likelier (1912.09729)
+    ratio_threshold: float = 10.0  # a mini-batch whose mean ratio passes it is skipped and counted
+    target_kl: float = 0.1  # an update ends where the KL from the policy that sampled passes 1.5 times this
+    max_grad_norm: float = 1.0  # of policy and value model, each
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The LoRA adapters of policy and value model."""
+
+    lora_rank: int = 16  # of the reward adapter as well, which the value model starts as
+    lora_alpha: int = 32  # twice the rank
+    gradient_checkpointing: bool = False  # activations are computed again instead of kept: for large LMs
+
+
+@dataclass(frozen=True)
+class Upkeep:
+    """What is watched and kept while training runs."""
+
+    guard_window: int = 5  # steps that the guard looks at together
+    alarm_lr_factor: float = 0.25  # of the learning rates after the first alarm
+    harness_every: int = 5  # steps between two measurements on gold
+    checkpoint_every: int = 5  # steps between two checkpoints
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a training depends on, beside checkpoint, reward model and prompts."""
+
+    steps: int = 20  # rollouts, scores and updates
+    sampling: Sampling = Sampling()
+    shaping: Shaping = Shaping()
+    update: Update = Update()
+    adapter: Adapter = Adapter()
+    upkeep: Upkeep = Upkeep()
+    seed: int = 0  # every random choice follows from it
 
 
 # -- the update -----------------------------------------------------------------------------------------------------
@@ -52,16 +106,12 @@ def _gradients(
     *,
     train_policy: bool,
     samples: int,
-    micro_batch_size: int,
-    clip_range: float,
-    dual_clip: float,
-    value_clip: float,
-    value_coef: float,
+    update: Update,
 ) -> dict[str, float]:
     """Gradients of one mini-batch, summed over all processes; gives its losses and ratios, means over its tokens."""
     lengths = batch.mask.sum(dim=1).long()
     tokens = int(lengths.view(-1, samples)[groups].sum())
-    parts = rollouts.blocks(batch.rows, groups, samples, accelerator, micro_batch_size)
+    parts = rollouts.blocks(batch.rows, groups, samples, accelerator, update.micro_batch_size)
     sums, max_ratio = torch.zeros(5, device=core.device), torch.zeros(1, device=core.device)
 
     def of(part: list[int], *measures: torch.Tensor) -> list[torch.Tensor]:
@@ -71,15 +121,16 @@ def _gradients(
     for part in parts if train_policy else []:
         logprobs, _ = core.logprobs([batch.rows[index] for index in part])
         old, advantages, mask = of(part, batch.logprobs, batch.advantages, batch.mask)
-        found = losses.policy_loss(logprobs, old, advantages, mask, clip_range=clip_range, dual_clip=dual_clip)
+        clips = {"clip_range": update.clip_range, "dual_clip": update.dual_clip}
+        found = losses.policy_loss(logprobs, old, advantages, mask, **clips)
         (found.loss / tokens).backward()
         sums[:4] += torch.stack([found.loss.detach(), *found[1:4]])
         max_ratio = torch.maximum(max_ratio, found.max_ratio)
     core.use("value")
     for part in parts:
         values = core.values([batch.rows[index] for index in part])
-        loss = losses.value_loss(values, *of(part, batch.values, batch.returns, batch.mask), clip=value_clip)
-        (value_coef * loss / tokens).backward()
+        loss = losses.value_loss(values, *of(part, batch.values, batch.returns, batch.mask), clip=update.value_clip)
+        (update.value_coef * loss / tokens).backward()
         sums[4] += loss.detach()
     core.use("policy")
     if accelerator.num_processes > 1:
@@ -103,37 +154,33 @@ def _update(
     train_policy: bool,
     first: bool,
     samples: int,
-    epochs: int,
-    mini_batch_size: int,
-    ratio_threshold: float,
-    target_kl: float,
-    max_grad_norm: float,
-    **shape: Any,
+    update: Update,
 ) -> dict[str, float]:
     """Train policy and value for some epochs on a batch; the means of what its mini-batches measured, and counts."""
     policy, value = (list(core.trained(name).values()) for name in ("policy", "value"))
     tolerance = 1e-3 if core.model.dtype == torch.float32 else 0.5  # bf16 depends on the rows beside a row
     measured, skipped, stopped = [], 0, False
-    for _ in range(epochs):
+    for _ in range(update.epochs):
         order = rng.permutation(len(batch.rows) // samples).tolist()
-        for start in range(0, len(order), mini_batch_size):
+        for start in range(0, len(order), update.mini_batch_size):
             optimiser.zero_grad(set_to_none=True)
-            chosen = order[start : start + mini_batch_size]
-            found = _gradients(core, accelerator, batch, chosen, train_policy=train_policy, samples=samples, **shape)
+            chosen = order[start : start + update.mini_batch_size]
+            shape = {"train_policy": train_policy, "samples": samples, "update": update}
+            found = _gradients(core, accelerator, batch, chosen, **shape)
             if train_policy and not measured:
                 unmoved = abs(found["max_ratio"] - 1) < tolerance and abs(found["mean_ratio"] - 1) < tolerance
                 require(unmoved, "before the first update of a step every ratio is 1")
-            if train_policy and found["mean_ratio"] > ratio_threshold:  # the policy ran away: learn nothing from this
-                skipped += 1
+            if train_policy and found["mean_ratio"] > update.ratio_threshold:
+                skipped += 1  # the policy ran away: learn nothing from this
                 continue
-            stopped = train_policy and found["approx_kl"] > 1.5 * target_kl
+            stopped = train_policy and found["approx_kl"] > 1.5 * update.target_kl
             if stopped:
                 break
             if train_policy:
-                found["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(policy, max_grad_norm))
+                found["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(policy, update.max_grad_norm))
                 alive = found["grad_norm"] > 0 or not batch.advantages.any()
                 require(alive or not first or measured, "the policy's gradient norm is above 0")
-            found["value_grad_norm"] = float(torch.nn.utils.clip_grad_norm_(value, max_grad_norm))
+            found["value_grad_norm"] = float(torch.nn.utils.clip_grad_norm_(value, update.max_grad_norm))
             optimiser.step()
             measured.append(found)
         if stopped:
@@ -246,6 +293,22 @@ class Trained(NamedTuple):
     events: list[dict[str, Any]]
 
 
+@dataclass
+class _Run:
+    """What stays the same while a training runs."""
+
+    core: MultiAdapter
+    tokenizer: "PreTrainedTokenizerBase"
+    accelerator: "Accelerator"
+    optimiser: torch.optim.Optimizer
+    prompts: list[list[int]]
+    reward: RewardModel
+    harness: Harness
+    folder: Path  # of the checkpoints
+    guard: Guard
+    settings: Settings
+
+
 def train(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -255,152 +318,147 @@ def train(
     out: Path,
     checkpoints: Path,
     harness: Harness,
-    steps: int = 20,
-    prompts_per_step: int = 16,
-    samples: int = 4,
-    max_new_tokens: int = 192,
-    stop: Sequence[str] = (models.BLANK_LINE,),
-    learning_rate: float = 1e-3,
-    value_learning_rate: float = 1e-3,
-    warmup_steps: int = 1,
-    epochs: int = 2,
-    mini_batch_size: int = 8,
-    micro_batch_size: int = 2,
-    kl_coef: float = 0.15,
-    kl_target: float | None = 6.0,
-    kl_horizon: int = 10_000,
-    reward_clip: float = 5.0,
-    missing_end_penalty: float = 1.0,
-    dense_reward: bool = True,
-    whiten_rewards: bool = False,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-    clip_range: float = 0.2,
-    value_clip: float = 0.2,
-    value_coef: float = 0.1,
-    dual_clip: float = 3.0,
-    ratio_threshold: float = 10.0,
-    target_kl: float = 0.1,
-    max_grad_norm: float = 1.0,
-    lora_rank: int = 16,
-    lora_alpha: int = 32,
-    guard_window: int = 5,
-    alarm_lr_factor: float = 0.25,
-    generation_batch_size: int = 64,
-    harness_every: int = 5,
-    checkpoint_every: int = 5,
-    gradient_checkpointing: bool = False,
-    seed: int = 0,
+    settings: Settings = Settings(),
 ) -> Trained:
     """Train a policy adapter on `model`, the merged checkpoint, against a frozen reward model; save it in `out`.
 
-    Sizes of mini-batches and micro-batches (what fits into memory at once) are in prompts with all their samples. Each
-    step samples `samples` completions of `prompts_per_step` prompts at the reward model's temperature, scores all of
-    them, and then trains for `epochs` epochs; the policy stays for `warmup_steps` steps while the value model learns.
-    KL is in nats a completion. With `dense_reward` each token gets what it adds to the score, else the last one gets
-    all of it: the sum is the same, and credit falls nearer to what earned it. Log row s belongs to the policy after s
-    steps; the last one is sampled and judged, too. A killed run goes on from its last whole checkpoint, bit for bit on
-    a CPU. The guard's first alarm restores the last good checkpoint at a lower learning rate, the second ends training
-    there. Under `accelerate launch` every process calls this alike, and the main one writes.
+    Each step samples completions at the reward model's temperature, scores all of them, and then trains; the policy
+    stays for the first `warmup_steps` while the value model learns. KL is in nats a completion. Log row s belongs to
+    the policy after s steps; the last one is sampled and judged, too. A killed run goes on from its last whole
+    checkpoint, bit for bit on a CPU. The guard's first alarm restores the last good checkpoint at a lower learning
+    rate, the second ends training there. Under `accelerate launch` every process calls this alike, and the main one
+    writes. Raises RuntimeError where an invariant is broken.
     """
     import pandas as pd
+
+    ids = [models.encode_prompt(tokenizer, prompt) for prompt in prompts]
+    run, state, frozen = _open(model, tokenizer, ids, reward, checkpoints, harness, settings)
+    rng = np.random.default_rng()
+    while state.alarms < 2:
+        rng.bit_generator.state = state.rng
+        row = {"step": state.step, "kl_coef": state.kl_coef, "lr_scale": state.lr_scale}
+        state.log.append(row)
+        # 1. Sample, score with all four models, look.
+        batch = _look(run, state, row, rng)
+        # 2. Guard: back to the last good checkpoint, and the second time no further.
+        alarm = run.guard.update(batch.scores.numpy())
+        if alarm is not None:
+            state = _go_back(run, state, alarm)
+            continue
+        if state.step == settings.steps:
+            break
+        # 3. Advantages over the whole batch, then the update, at a rate that falls to 0.
+        _learn(run, state, row, batch, rng)
+        # 4. Controller, cursor, checkpoint.
+        _advance(run, state, row, rng, completions=len(batch.rows))
+    require(run.core.frozen_digest() == frozen, "base, reward adapter and head are byte-identical to the start")
+    run.core.use("policy")
+    if run.accelerator.is_main_process:
+        _save_policy(run.core, out)
+        shutil.rmtree(run.folder)
+    run.accelerator.wait_for_everyone()
+    return Trained(run.core.model, pd.DataFrame(state.log), state.events)
+
+
+def _open(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[list[int]],
+    reward: RewardModel,
+    checkpoints: Path,
+    harness: Harness,
+    settings: Settings,
+) -> tuple[_Run, _State, str]:
+    """Put the adapters on the base and go to the newest whole checkpoint; gives the digest of all that is frozen."""
     from accelerate import Accelerator
 
-    settings = {k: v for k, v in locals().items() if isinstance(v, int | float | None)} | {"stop": list(stop)}
     accelerator = Accelerator(cpu=model.device.type == "cpu")
     model.to(accelerator.device)
-    ids = [models.encode_prompt(tokenizer, prompt) for prompt in prompts]
-    probe = torch.tensor([(ids[0] * 3)[:64]], device=model.device)  # any text that is long enough
+    probe = torch.tensor([(prompts[0] * 3)[:64]], device=model.device)  # any text that is long enough
     with models.evaluating(model):
         plain = model(input_ids=probe, use_cache=False).logits
-    core = MultiAdapter(
-        model, tokenizer, reward, lora_rank=lora_rank, lora_alpha=lora_alpha, temperature=reward.temperature, seed=seed
-    )
-    if gradient_checkpointing:
+    adapter = settings.adapter
+    shape = {"lora_rank": adapter.lora_rank, "lora_alpha": adapter.lora_alpha}
+    core = MultiAdapter(model, tokenizer, reward, temperature=reward.temperature, seed=settings.seed, **shape)
+    if adapter.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         core.model.train()  # it works in training mode only; dropout is off
     frozen = core.frozen_digest()
-    folder = checkpoints / _key(frozen, reward, ids, settings)
-    rates = {"policy": learning_rate, "value": value_learning_rate}
-    optimiser = torch.optim.Adam([{"params": [*core.trained(name).values()]} for name in rates], eps=1e-5)
+    folder = checkpoints / _key(frozen, reward, prompts, settings)
+    groups = [{"params": [*core.trained(name).values()]} for name in ("policy", "value")]
+    optimiser = torch.optim.Adam(groups, eps=1e-5)
+    state = _State(settings.shaping.kl_coef, np.random.default_rng(settings.seed).bit_generator.state)
     newest = _valid(folder)
-    state = _State(kl_coef, np.random.default_rng(seed).bit_generator.state)
     if newest:
         state = _restore(newest, core, optimiser)
     accelerator.wait_for_everyone()
     if not newest:
         _save(folder, core, optimiser, state, accelerator)
     check_start(core, plain, probe, fresh=state.step == 0)
-    sampling = {"batch_size": generation_batch_size, "max_new_tokens": max_new_tokens, "stop": stop}
-    shaping = {
-        "clip": reward_clip, "missing_end": missing_end_penalty, "dense": dense_reward,
-        "whiten_rewards": whiten_rewards, "gamma": gamma, "lam": lam,
-    }  # fmt: skip
-    updating = {
-        "samples": samples, "epochs": epochs, "mini_batch_size": mini_batch_size, "micro_batch_size": micro_batch_size,
-        "clip_range": clip_range, "dual_clip": dual_clip, "value_clip": value_clip, "value_coef": value_coef,
-        "ratio_threshold": ratio_threshold, "target_kl": target_kl, "max_grad_norm": max_grad_norm,
-    }  # fmt: skip
-    guard, rng = Guard(reward.evaluation, window=guard_window), np.random.default_rng()
+    guard = Guard(reward.evaluation, window=settings.upkeep.guard_window)
     guard.load(state.guard)
-    while state.alarms < 2:
-        rng.bit_generator.state = state.rng
-        drawn = [p for p in _draw(ids, state.cursor, prompts_per_step, seed=seed) for _ in range(samples)]
-        row = {"step": state.step, "kl_coef": state.kl_coef, "lr_scale": state.lr_scale}
-        # 1. Sample, score with all four models, look.
-        with _timed(row, "generation"):
-            rows = rollouts.collect(core, tokenizer, accelerator, drawn, rng=rng, **sampling)
-        with _timed(row, "scoring"):
-            batch = rollouts.score(core, accelerator, rows, samples=samples, batch_size=micro_batch_size)
-        row |= rollouts.measures(batch, reward)
-        unmoved = state.step <= warmup_steps and state.alarms == 0
-        require(not unmoved or not (batch.logprobs - batch.reference).any(), "a policy that has not moved has KL 0")
-        if accelerator.is_main_process and (state.step % harness_every == 0 or state.step == steps):
-            with core.scoring():
-                row |= harness(core.model)
-        state.log.append(row)
-        # 2. Guard: back to the last good checkpoint, and the second time no further.
-        alarm = guard.update(batch.scores.numpy())
-        if alarm is not None:
-            state = _go_back(folder, core, optimiser, state, alarm, window=guard_window, factor=alarm_lr_factor)
-            guard.load(state.guard)
-            accelerator.wait_for_everyone()  # all have read what main now replaces
-            _save(folder, core, optimiser, state, accelerator)
-            continue
-        if state.step == steps:
-            break
-        # 3. Advantages over the whole batch, then the update, at a rate that falls to 0.
-        with _timed(row, "update"):
-            batch = rollouts.with_advantages(batch, reward, kl_coef=state.kl_coef, **shaping)
-            for group, rate in zip(optimiser.param_groups, rates.values(), strict=True):
-                group["lr"] = rate * state.lr_scale * (1 - state.step / steps)
-            begins, moves = state.step == warmup_steps, state.step >= warmup_steps
-            shape = updating | ({} if moves else {"value_clip": math.inf})  # it has far to go, and nothing rests on it
-            row |= _update(core, optimiser, accelerator, batch, rng=rng, train_policy=moves, first=begins, **shape)
-        row["learning_rate"] = optimiser.param_groups[0]["lr"]
-        row["explained_variance"] = losses.explained_variance(batch.values, batch.returns, batch.mask)
-        row["peak_memory_mb"] = _peak_memory_mb(core.device)
-        # 4. Controller, cursor, checkpoint.
-        controller = losses.AdaptiveKL(state.kl_coef, kl_target, kl_horizon)
-        controller.update(row["kl"], len(rows))
-        state.step, state.cursor, state.kl_coef = state.step + 1, state.cursor + prompts_per_step, controller.coef
-        state.rng, state.guard = rng.bit_generator.state, guard.state_dict()
-        if state.step % checkpoint_every == 0 or state.step == steps:
-            _save(folder, core, optimiser, state, accelerator)
-            _prune(folder, settled=state.step - guard_window)
-    require(core.frozen_digest() == frozen, "base, reward adapter and reward head are byte-identical to the start")
-    core.use("policy")
-    if accelerator.is_main_process:
-        _save_policy(core, out)
-        shutil.rmtree(folder)
-    accelerator.wait_for_everyone()
-    return Trained(core.model, pd.DataFrame(state.log), state.events)
+    run = _Run(core, tokenizer, accelerator, optimiser, prompts, reward, harness, folder, guard, settings)
+    return run, state, frozen
 
 
-def _key(frozen: str, reward: RewardModel, prompts: Sequence[list[int]], settings: dict[str, Any]) -> str:
+def _look(run: _Run, state: _State, row: dict[str, float], rng: np.random.Generator) -> rollouts.Batch:
+    """Sample a step's prompts and score the completions; `row` gets what they say of the policy."""
+    settings, sampling = run.settings, run.settings.sampling
+    drawn = _draw(run.prompts, state.cursor, sampling.prompts_per_step, seed=settings.seed)
+    asked = [prompt for prompt in drawn for _ in range(sampling.samples)]
+    with _timed(row, "generation"):
+        rows = rollouts.collect(run.core, run.tokenizer, run.accelerator, asked, sampling=sampling, rng=rng)
+    with _timed(row, "scoring"):
+        shape = {"samples": sampling.samples, "batch_size": settings.update.micro_batch_size}
+        batch = rollouts.score(run.core, run.accelerator, rows, **shape)
+    row |= rollouts.measures(batch, run.reward)
+    unmoved = state.step <= settings.update.warmup_steps and state.alarms == 0
+    require(not unmoved or not (batch.logprobs - batch.reference).any(), "a policy that has not moved has KL 0")
+    due = state.step % settings.upkeep.harness_every == 0 or state.step == settings.steps
+    if due and run.accelerator.is_main_process:
+        with run.core.scoring():
+            row |= run.harness(run.core.model)
+    return batch
+
+
+def _learn(run: _Run, state: _State, row: dict[str, float], batch: rollouts.Batch, rng: np.random.Generator) -> None:
+    """Turn scores into advantages and train policy and value model on them; `row` gets what the update measured."""
+    settings, update = run.settings, run.settings.update
+    with _timed(row, "update"):
+        batch = rollouts.with_advantages(batch, run.reward, kl_coef=state.kl_coef, shaping=settings.shaping)
+        rates = (update.learning_rate, update.value_learning_rate)
+        for group, rate in zip(run.optimiser.param_groups, rates, strict=True):
+            group["lr"] = rate * state.lr_scale * (1 - state.step / settings.steps)
+        begins, moves = state.step == update.warmup_steps, state.step >= update.warmup_steps
+        if not moves:
+            update = replace(update, value_clip=math.inf)  # it has far to go, and nothing rests on it
+        row |= _update(
+            run.core, run.optimiser, run.accelerator, batch,
+            rng=rng, train_policy=moves, first=begins, samples=settings.sampling.samples, update=update,
+        )  # fmt: skip
+    row["learning_rate"] = run.optimiser.param_groups[0]["lr"]
+    row["explained_variance"] = losses.explained_variance(batch.values, batch.returns, batch.mask)
+    row["peak_memory_mb"] = memory.peak_bytes(run.core.device.type) / 2**20
+
+
+def _advance(run: _Run, state: _State, row: dict[str, float], rng: np.random.Generator, *, completions: int) -> None:
+    """Go to the next step: the KL controller, the prompts that come next, a checkpoint where one is due."""
+    settings, shaping, upkeep = run.settings, run.settings.shaping, run.settings.upkeep
+    controller = losses.AdaptiveKL(state.kl_coef, shaping.kl_target, shaping.kl_horizon)
+    controller.update(row["kl"], completions)
+    state.kl_coef = controller.coef
+    state.step, state.cursor = state.step + 1, state.cursor + settings.sampling.prompts_per_step
+    state.rng, state.guard = rng.bit_generator.state, run.guard.state_dict()
+    if state.step % upkeep.checkpoint_every == 0 or state.step == settings.steps:
+        _save(run.folder, run.core, run.optimiser, state, run.accelerator)
+        _prune(run.folder, settled=state.step - upkeep.guard_window)
+
+
+def _key(frozen: str, reward: RewardModel, prompts: Sequence[list[int]], settings: Settings) -> str:
     """Name of a training run: another checkpoint or reward model, other prompts or settings never resume it."""
     judged = [reward.mean, reward.std, reward.temperature, reward.evaluation.tolist()]
-    return hashlib.sha256(json.dumps([frozen, judged, prompts, settings], sort_keys=True).encode()).hexdigest()[:16]
+    content = json.dumps([frozen, judged, prompts, asdict(settings)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _draw(prompts: Sequence[list[int]], cursor: int, n: int, *, seed: int) -> list[list[int]]:
@@ -412,28 +470,26 @@ def _draw(prompts: Sequence[list[int]], cursor: int, n: int, *, seed: int) -> li
     return [prompts[orders[at // len(prompts)][at % len(prompts)]] for at in range(cursor, cursor + n)]
 
 
-def _go_back(
-    folder: Path,
-    core: MultiAdapter,
-    optimiser: torch.optim.Optimizer,
-    state: _State,
-    alarm: Alarm,
-    *,
-    window: int,
-    factor: float,
-) -> _State:
-    """Restore the newest checkpoint whose policy was sampled before the alarm's window; log and alarms stay."""
-    good = _valid(folder, up_to=max(0, state.step - window))
+def _go_back(run: _Run, state: _State, alarm: Alarm) -> _State:
+    """Restore the newest checkpoint whose policy was sampled before the alarm's window, and save it as the newest.
+
+    Log and alarms stay; the learning rate falls.
+    """
+    upkeep = run.settings.upkeep
+    good = _valid(run.folder, up_to=max(0, state.step - upkeep.guard_window))
     if good is None:
-        raise RuntimeError(f"{folder}: no whole checkpoint to go back to after an alarm at step {state.step}")
-    before = _restore(good, core, optimiser)
-    for path in folder.glob("step-*.safetensors"):
+        raise RuntimeError(f"{run.folder}: no whole checkpoint to go back to after an alarm at step {state.step}")
+    before = _restore(good, run.core, run.optimiser)
+    for path in run.folder.glob("step-*.safetensors"):
         if path > good:
             path.unlink(missing_ok=True)
     action = "restored" if state.alarms == 0 else "ended"
     event = {"step": state.step, "action": action, "restored_step": before.step, **alarm._asdict()}
     before.log, before.events, before.alarms = state.log, [*state.events, event], state.alarms + 1
-    before.lr_scale, before.guard = state.lr_scale * factor, {"steps": []}
+    before.lr_scale, before.guard = state.lr_scale * upkeep.alarm_lr_factor, {"steps": []}
+    run.guard.load(before.guard)
+    run.accelerator.wait_for_everyone()  # all have read what main now replaces
+    _save(run.folder, run.core, run.optimiser, before, run.accelerator)
     return before
 
 
@@ -455,10 +511,3 @@ def _timed(row: dict[str, float], part: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
     row[f"seconds_{part}"] = time.perf_counter() - began
-
-
-def _peak_memory_mb(device: torch.device) -> float:
-    """Peak memory so far: of the device, or resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -6,6 +6,7 @@ prompt are neighbours, a *group*, and stay together: they share the encoding of 
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -20,6 +21,32 @@ from erlib.task.forms import parse_compact
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a step samples."""
+
+    prompts_per_step: int = 16  # prompts of a step, each with all its samples
+    samples: int = 4  # completions of each prompt; they share its encoding
+    max_new_tokens: int = 192  # longest completion
+    generation_batch_size: int = 64  # completions at once: memory against speed
+    stop: tuple[str, ...] = (models.BLANK_LINE,)  # a report has no blank line: what follows one is wasted
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """How scores become rewards, and rewards advantages."""
+
+    kl_coef: float = 0.15  # price of a nat of distance from the start, in deviations of the reward; where it begins
+    kl_target: float | None = 6.0  # nats a completion that the controller steers to (1909.08593); None: `kl_coef` stays
+    kl_horizon: int = 10_000  # completions in which the controller may change the coefficient by a fifth
+    reward_clip: float = 5.0  # deviations beyond which a score counts no further: one outlier must not rule a step
+    missing_end_penalty: float = 1.0  # deviations that a completion without its end token loses
+    dense_reward: bool = True  # each token gets what it adds to the score: credit falls nearer to what earned it
+    whiten_rewards: bool = False  # advantages are whitened anyway
+    gamma: float = 1.0  # a report is short: its last token counts as much as its first
+    lam: float = 0.95  # of GAE (1506.02438)
 
 
 class Batch(NamedTuple):
@@ -47,14 +74,13 @@ def collect(
     accelerator: "Accelerator",
     prompts: Sequence[list[int]],
     *,
+    sampling: Sampling,
     rng: np.random.Generator,
-    batch_size: int,
-    max_new_tokens: int,
-    stop: Sequence[str],
 ) -> list[Rollout]:
-    """Sample one completion of each prompt; each shard of `batch_size` has its own seed, whichever process takes it."""
+    """Sample one completion of each prompt; each batch has a seed of its own, whichever process takes it."""
     from accelerate.utils import gather_object
 
+    batch_size = sampling.generation_batch_size
     ordered = sorted(prompts, key=len)  # stable: the samples of one prompt stay together and share its encoding
     shards = [ordered[at : at + batch_size] for at in range(0, len(ordered), batch_size)]
     seeds = rng.integers(2**31, size=len(shards)).tolist()
@@ -63,8 +89,8 @@ def collect(
         for number in range(accelerator.process_index, len(shards), accelerator.num_processes):
             shard = shards[number]
             written = models.generate(
-                core.model, tokenizer, shard, max_new_tokens=max_new_tokens, batch_size=batch_size,
-                temperature=core.temperature, seed=seeds[number], stop=stop,
+                core.model, tokenizer, shard, max_new_tokens=sampling.max_new_tokens, batch_size=batch_size,
+                temperature=core.temperature, seed=seeds[number], stop=sampling.stop,
             )  # fmt: skip
             rows = [Rollout(tuple(p), c.ids, c.text, c.finished) for p, c in zip(shard, written, strict=True)]
             found.append((number, rows))
@@ -115,31 +141,22 @@ def score(
     return Batch(rows, mask, policy[..., 0], policy[..., 1], reference, values, scores)
 
 
-def with_advantages(
-    batch: Batch,
-    reward: RewardModel,
-    *,
-    kl_coef: float,
-    clip: float,
-    missing_end: float,
-    dense: bool,
-    whiten_rewards: bool,
-    gamma: float,
-    lam: float,
-) -> Batch:
+def with_advantages(batch: Batch, reward: RewardModel, *, kl_coef: float, shaping: Shaping) -> Batch:
     """Reward of each token: minus its KL to the reference, and on the last one the score, normalised and clipped.
 
-    `dense` gives each token what it adds to the score, and the last one the rest: the sum is the same.
+    `kl_coef` is the controller's present one. With `dense_reward` each token gets what it adds to the score, and the
+    last one the rest: the sum is the same.
     """
+    clip = shaping.reward_clip
     scores = ((batch.scores - reward.mean) / reward.std).clamp(-clip, clip)
-    scores = scores - missing_end * torch.tensor([not row.finished for row in batch.rows])
+    scores = scores - shaping.missing_end_penalty * torch.tensor([not row.finished for row in batch.rows])
     rewards = -kl_coef * losses.kl_estimates(batch.logprobs, batch.reference)[0] * batch.mask
-    if dense:
+    if shaping.dense_reward:
         rewards += batch.token_scores / reward.std
         scores = scores - batch.scores / reward.std
     rewards[torch.arange(len(rewards)), batch.mask.sum(dim=1).long() - 1] += scores
-    rewards = losses.whiten(rewards, batch.mask, shift_mean=False) if whiten_rewards else rewards
-    advantages, returns = losses.gae(rewards, batch.values, batch.mask, gamma=gamma, lam=lam)
+    rewards = losses.whiten(rewards, batch.mask, shift_mean=False) if shaping.whiten_rewards else rewards
+    advantages, returns = losses.gae(rewards, batch.values, batch.mask, gamma=shaping.gamma, lam=shaping.lam)
     return batch._replace(advantages=losses.whiten(advantages, batch.mask), returns=returns)
 
 

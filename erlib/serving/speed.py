@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from erlib.chain.manifest import ROOT
-from erlib.chain.memory import peak_rss
+from erlib.chain.memory import peak_bytes
 from erlib.lm import models
 from erlib.serving import bulk, engines
 from erlib.task.jsonl import read_jsonl
@@ -196,7 +196,7 @@ def main() -> None:
     opened = time.perf_counter() - began
     for _ in engines.extract(engine, [Document(**row) for row in read_jsonl(path)]):
         pass
-    print(json.dumps({"peak_rss_mb": peak_rss() / 2**20, "seconds_to_open": opened}))
+    print(json.dumps({"peak_rss_mb": peak_bytes() / 2**20, "seconds_to_open": opened}))
 
 
 # -- the physical floor -------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ def workload(tmp_path):
     _, tokenizer = models.load("embedded")
     shape = {"width": 64, "layers": 1, "prompt_tokens": 12, "new_tokens": 5, "lora_rank": 2}
     work = {"prompts_per_step": 2, "samples": 2, "mini_batch_size": 1, "epochs": 2, "steps": 2, "seed": 0}
-    return ppo_step.prepare(tmp_path, tokenizer, TEXTS, **shape, **work)
+    return ppo_step.prepare(tmp_path, tokenizer, TEXTS, ppo_step.Work(**shape, **work))
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_a_workload_needs_texts_that_are_long_enough(tmp_path):
     shape = {"width": 64, "layers": 1, "prompt_tokens": 500, "new_tokens": 5, "lora_rank": 2}
     work = {"prompts_per_step": 2, "samples": 2, "mini_batch_size": 1, "epochs": 2, "steps": 2, "seed": 0}
     with pytest.raises(ValueError, match="0 of 8 texts have 500 tokens; 6 are needed"):
-        ppo_step.prepare(tmp_path, tokenizer, TEXTS, **shape, **work)
+        ppo_step.prepare(tmp_path, tokenizer, TEXTS, ppo_step.Work(**shape, **work))
 
 
 def test_both_sides_build_the_same_model_and_neither_can_end_early(workload, tmp_path):

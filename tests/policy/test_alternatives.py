@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from dataclasses import fields
 
 import numpy as np
 import pandas as pd
@@ -132,10 +133,18 @@ def load_policy(model, base, folders):
     return alternatives.with_adapters(fresh, folders)
 
 
+def divided(kind, values):
+    """Settings of one method and of both, from their fields by name."""
+    own = {field.name for field in fields(kind)}
+    shared = {name: value for name, value in values.items() if name not in own}
+    return kind(**{name: value for name, value in values.items() if name in own}), alternatives.Tuning(**shared)
+
+
 def dpo(model, tokenizer, out, **changes):
     rows = alternatives.encode(PAIRS, tokenizer, max_tokens=100).rows
     values = {"batch_size": 8, "epochs": 4, "learning_rate": 2e-2, "lora_rank": 4, "points": 2}
-    return alternatives.dpo(model, tokenizer, rows, out=out, **(values | changes))
+    settings, tuning = divided(alternatives.DPO, values | changes)
+    return alternatives.dpo(model, tokenizer, rows, out=out, settings=settings, tuning=tuning)
 
 
 def test_dpo_raises_the_margin_and_leaves_the_reference_alone(model, tokenizer, tmp_path):
@@ -183,7 +192,8 @@ def even(prompts, completions):
 
 def rloo(model, tokenizer, out, *, score=even, prompts=PROMPTS, **changes):
     values = {"max_new_tokens": 12, "prompts_per_step": 8, "learning_rate": 2e-2, "lora_rank": 4, "points": 1}
-    return alternatives.rloo(model, tokenizer, prompts, score, out=out, **(values | changes))
+    settings, tuning = divided(alternatives.RLOO, values | changes)
+    return alternatives.rloo(model, tokenizer, prompts, score, out=out, settings=settings, tuning=tuning)
 
 
 def test_rloo_raises_the_reward_and_leaves_the_base_alone(model, tokenizer, tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,24 @@ def train(folder: Path, reward: RewardModel, prompts: list[str] = PROMPTS, **cha
         "micro_batch_size": 1, "generation_batch_size": 8, "lora_rank": 4, "lora_alpha": 8, "guard_window": 1000,
         "checkpoint_every": 1, "seed": 3,
     }  # fmt: skip
+    values |= changes
     return ppo.train(
         base(), tokenizer(), prompts, reward=reward, out=folder / "policy", checkpoints=folder / "checkpoints",
-        **(values | changes),
+        harness=values.pop("harness"), settings=settings(**values),
     )  # fmt: skip
+
+
+def settings(**values: Any) -> ppo.Settings:
+    """Settings of fields by their names, whichever group they belong to; an unknown one is an error."""
+    groups = {
+        "sampling": ppo.Sampling, "shaping": ppo.Shaping, "update": ppo.Update, "adapter": ppo.Adapter,
+        "upkeep": ppo.Upkeep,
+    }  # fmt: skip
+    given = {
+        name: kind(**{field.name: values.pop(field.name) for field in fields(kind) if field.name in values})
+        for name, kind in groups.items()
+    }
+    return ppo.Settings(**given, **values)
 
 
 def bandit(folder: Path, rewards: torch.Tensor, **changes: Any) -> ppo.Trained:
@@ -216,8 +231,10 @@ def scored(rows: int = 3) -> rollouts.Batch:
 
 def test_the_score_lands_on_the_last_real_token_and_the_kl_on_each() -> None:
     reward = RewardModel(Path(), 1.0, 2.0, np.zeros(1))
-    shaping = {"kl_coef": 0.1, "clip": 5.0, "missing_end": 1.5, "whiten_rewards": False, "gamma": 1.0, "lam": 1.0}
-    found = rollouts.with_advantages(scored(), reward, dense=False, **shaping)
+    shaping = rollouts.Shaping(
+        reward_clip=5.0, missing_end_penalty=1.5, dense_reward=False, whiten_rewards=False, gamma=1.0, lam=1.0
+    )
+    found = rollouts.with_advantages(scored(), reward, kl_coef=0.1, shaping=shaping)
     kl = 0.1 * 0.2  # coefficient times (-.5 + .7)
     last = [(3 - 1) / 2, (-1 - 1) / 2, 5.0 - 1.5]  # normalised, clipped, less the penalty for a missing end
     wanted = [
@@ -228,7 +245,7 @@ def test_the_score_lands_on_the_last_real_token_and_the_kl_on_each() -> None:
     assert torch.allclose(found.returns, torch.tensor(wanted), atol=1e-6)
     assert torch.equal(found.advantages, losses.whiten(found.returns, found.mask))
     # Dense, the sum from the first token on is the same; from a later one on it lacks what earlier tokens added.
-    dense = rollouts.with_advantages(scored(), reward, dense=True, **shaping).returns
+    dense = rollouts.with_advantages(scored(), reward, kl_coef=0.1, shaping=replace(shaping, dense_reward=True)).returns
     before = torch.tensor([[0, 2.5, 0], [0, 1, 2], [0, 0, 0]]) / 2
     assert torch.allclose(dense, found.returns - before, atol=1e-6)
 
@@ -241,7 +258,8 @@ def ready(random_reward: RewardModel) -> tuple:
     accelerator = Accelerator(cpu=True)
     prompts = [models.encode_prompt(tokenizer(), prompt) for prompt in PROMPTS for _ in range(2)]
     rng = np.random.default_rng(0)
-    rows = rollouts.collect(core, tokenizer(), accelerator, prompts, rng=rng, batch_size=8, max_new_tokens=5, stop=())
+    sampling = rollouts.Sampling(generation_batch_size=8, max_new_tokens=5, stop=())
+    rows = rollouts.collect(core, tokenizer(), accelerator, prompts, rng=rng, sampling=sampling)
     batch = rollouts.score(core, accelerator, rows, samples=2, batch_size=2)
     batch = batch._replace(advantages=torch.randn(batch.mask.shape) * batch.mask, returns=batch.values + 1)
     return core, torch.optim.Adam(groups, lr=2e-2, eps=1e-5), accelerator, batch
@@ -266,15 +284,12 @@ def test_the_samples_of_a_prompt_share_its_encoding_and_stay_together(monkeypatc
     assert [c.ids for c in together] == [c.ids for c in alone]
 
 
-UPDATE = {
-    "train_policy": True, "first": True, "samples": 2, "epochs": 2, "mini_batch_size": 2, "micro_batch_size": 1,
-    "clip_range": 0.2, "dual_clip": 3.0, "value_clip": 0.2, "value_coef": 0.1, "ratio_threshold": 10.0,
-    "target_kl": 10.0, "max_grad_norm": 1.0,
-}  # fmt: skip
+UPDATE = ppo.Update(epochs=2, mini_batch_size=2, micro_batch_size=1, target_kl=10.0)
 
 
 def update(ready: tuple, **changes: Any) -> dict[str, float]:
-    return ppo._update(*ready, rng=np.random.default_rng(0), **(UPDATE | changes))
+    rng, chosen = np.random.default_rng(0), replace(UPDATE, **changes)
+    return ppo._update(*ready, rng=rng, train_policy=True, first=True, samples=2, update=chosen)
 
 
 def policy_bytes(ready: tuple) -> bytes:
@@ -329,13 +344,11 @@ def test_a_policy_without_gradient_is_noticed(ready: tuple, monkeypatch: pytest.
 
 def test_micro_batches_do_not_change_the_gradient(ready: tuple) -> None:
     core, _, accelerator, batch = ready
-    shape = {"clip_range": 0.2, "dual_clip": 3.0, "value_clip": 0.2, "value_coef": 0.1}
     found = []
     for size in (1, 4):
         core.model.zero_grad()
-        ppo._gradients(
-            core, accelerator, batch, [0, 1, 2, 3], train_policy=True, samples=2, micro_batch_size=size, **shape
-        )
+        shape = {"train_policy": True, "samples": 2, "update": replace(UPDATE, micro_batch_size=size)}
+        ppo._gradients(core, accelerator, batch, [0, 1, 2, 3], **shape)
         found.append(torch.cat([p.grad.flatten() for p in core.trained("policy").values()]))
     assert found[0].abs().max() > 0
     assert torch.allclose(*found, atol=1e-6)
