@@ -1,4 +1,4 @@
-"""The command line: `python -m erlib run params/default.yml`, `extract`, `serve`."""
+"""The command line: `python -m erlib run params/default.yml`, `report`, `results`, `extract`, `serve`."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -60,6 +60,57 @@ def run(
         typer.secho(str(error), fg="red", err=True)
         raise typer.Exit(2) from None
     raise typer.Exit(status)
+
+
+Run = Annotated[Path, typer.Argument(help="a run's folder, such as runs/default", file_okay=False, exists=True)]
+
+
+@app.command()
+def report(
+    folder: Run,
+    notebooks: Annotated[Path, typer.Option(help="folder of the phase notebooks")] = ROOT / "notebooks",
+) -> None:
+    """Render a run's reports and index again, with the present templates and prose; runs no phase.
+
+    Exit status: 0 all rendered, 1 a report could not be, 2 no phase there.
+    """
+    from erlib.chain import pages
+
+    ended = list(pages.render_again(folder.resolve(), notebooks.resolve()))
+    for phase, rendered in ended:
+        if not rendered:
+            typer.secho(f"{phase}: its executed notebook is lost or of another result; run the phase again", err=True)
+    if not ended:
+        typer.secho(f"{folder}: no phase with a manifest", fg="red", err=True)
+        raise typer.Exit(2)
+    typer.echo(folder / "index.html")
+    raise typer.Exit(0 if all(rendered for _, rendered in ended) else 1)
+
+
+@app.command()
+def results(
+    folder: Run,
+    out: Annotated[
+        Path | None, typer.Option(help="Markdown file to write; default: the screen", dir_okay=False)
+    ] = None,
+) -> None:
+    """Write a run's results as Markdown tables, from its manifests alone.
+
+    Exit status: 0 written, 2 no phase there.
+    """
+    from erlib.chain import results
+    from erlib.chain.manifest import write_text
+
+    try:
+        text = results.markdown(folder.resolve())
+    except RunError as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(2) from None
+    if out is None:
+        typer.echo(text)
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, text)
 
 
 @app.command()

@@ -1,7 +1,8 @@
 """What a phase's result depends on, and whether it is intact: notebooks' parameters, hashes, manifests.
 
 A phase may be skipped when its key (the hash of `dependencies`) stands in the manifest of its folder and every output
-still has the hash that is written there.
+still has the hash that is written there. The key covers what can change an output and nothing else: not prose, comments
+and docstrings of functions, not the modules and packages that only show.
 """
 
 import ast
@@ -11,7 +12,8 @@ import importlib.metadata
 import json
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,43 @@ MANIFEST = "manifest.json"
 ROUND = ("04", "05", "06", "07")  # the phases of one RLHF round, by number; each round has a folder of its own
 
 
+# These show and start what the others compute: no output of a phase depends on them.
+SHOWING = {
+    "__main__.py",
+    "plots.py",
+    *(f"chain/{name}.py" for name in ("calls", "pages", "plan", "results", "runner", "tables")),
+}
+# The packages whose version can change an output, as `constraints.txt` spells them; all versions stand in the manifest.
+COMPUTING = {
+    *(
+        "accelerate",
+        "annoy",
+        "bitsandbytes",
+        "datasets",
+        "dspy",
+        "dspy-ai",
+        "huggingface_hub",
+        "json_repair",
+        "litellm",
+    ),
+    *(
+        "nervaluate",
+        "networkx",
+        "numpy",
+        "openvino",
+        "openvino-genai",
+        "openvino-tokenizers",
+        "pandas",
+        "patsy",
+        "peft",
+    ),
+    *("pyarrow", "pydantic", "pydantic_core", "python", "PyYAML", "RapidFuzz", "regex", "safetensors", "scikit-learn"),
+    *("scipy", "sentence-transformers", "statsmodels", "tokenizers", "torch", "transformers", "trl"),
+}
+
+
 class RunError(Exception):
-    """A mistake that the user can mend; the message says where and how."""
+    """A mistake that the user can fix; the message says where and how."""
 
 
 # -- files and hashes ---------------------------------------------------------------------------------------------
@@ -81,14 +118,20 @@ def shown(path: Path) -> str:
 # -- notebooks and parameters -------------------------------------------------------------------------------------
 
 
-def _cells(notebook: Path) -> list[dict[str, Any]]:
+def read_cells(notebook: Path) -> list[dict[str, Any]]:
+    """Read a notebook's cells, each with its source as one text."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     return [{**cell, "source": "".join(cell["source"])} for cell in cells]
 
 
+def is_tagged(cell: Mapping[str, Any], tag: str) -> bool:
+    """Tell whether a cell has a tag."""
+    return tag in cell["metadata"].get("tags", [])
+
+
 def parameters(notebook: Path) -> dict[str, Any]:
     """Read the literals of the cell tagged `parameters`: name → default."""
-    source = [cell["source"] for cell in _cells(notebook) if "parameters" in cell["metadata"].get("tags", [])]
+    source = [cell["source"] for cell in read_cells(notebook) if is_tagged(cell, "parameters")]
     if len(source) != 1:
         raise RunError(f"{notebook}: expected one cell tagged `parameters`, found {len(source)}")
     values: dict[str, Any] = {}
@@ -134,19 +177,46 @@ def _hint(value: Any, wanted: type) -> str:
 # -- what a phase depends on --------------------------------------------------------------------------------------
 
 
-def _imports(tree: ast.AST, package: str) -> set[str]:
+def plain(source: str) -> str:
+    """Leave IPython's magics out of a cell's source, so that it parses."""
+    return "\n".join("pass" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines())
+
+
+@cache
+def meaning(source: str) -> str:
+    """Reduce source to what a result can depend on: no comment, no layout, no docstring of a function.
+
+    Docstrings of classes stay: libraries such as DSPy make prompts of them.
+    """
+    tree = ast.parse(plain(source))
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Module)
+            and ast.get_docstring(node) is not None
+        ):
+            node.body = node.body[1:]
+    magics = [line.strip() for line in source.splitlines() if line.lstrip().startswith(("%", "!"))]
+    return "\n".join([ast.dump(tree), *magics])
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def _imports(source: str, package: str) -> frozenset[str]:
     """Dotted names below `package` that a piece of source imports, anywhere in it; the last part may be a function."""
     names: set[str] = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in names if name.startswith(f"{package}.")}
+    return frozenset(name for name in names if name.startswith(f"{package}."))
 
 
-def _module(name: str, package: Path) -> Path | None:
-    """The file of a dotted name below the package's parent, or of what holds it; None for a folder's docstring."""
+def module_file(name: str, package: Path) -> Path | None:
+    """Find the file of a dotted name below the package's parent, or of what holds it; None for a folder's docstring."""
     path = package.parent.joinpath(*name.split("."))
     for candidate in (path, path.parent):
         if candidate.with_suffix(".py").is_file():
@@ -154,28 +224,51 @@ def _module(name: str, package: Path) -> Path | None:
     return None
 
 
-def reachable(source: str, package: Path = PACKAGE) -> list[Path]:
-    """List the files of a package that `source` can reach through imports, lazy ones included."""
+def reachable(source: str, package: Path) -> list[Path]:
+    """List the files of a package that `source` can reach through imports, lazy ones included, but for `SHOWING`."""
     found: set[Path] = set()
-    waiting = _imports(ast.parse(source), package.name)
+    waiting = set(_imports(source, package.name))
     while waiting:
-        path = _module(waiting.pop(), package)
-        if path and path not in found:
+        path = module_file(waiting.pop(), package)
+        if path and path not in found and path.relative_to(package).as_posix() not in SHOWING:
             found.add(path)
-            waiting |= _imports(ast.parse(path.read_text(encoding="utf-8")), package.name)
+            waiting |= _imports(path.read_text(encoding="utf-8"), package.name)
     return sorted(found)
 
 
-def _source(notebook: Path) -> dict[str, str]:
-    """Hashes of the erlib modules and embedded data that a notebook can reach."""
-    code = "\n".join(cell["source"] for cell in _cells(notebook) if cell["cell_type"] == "code")
-    plain = "\n".join(line for line in code.splitlines() if not line.lstrip().startswith(("%", "!")))
-    try:
-        modules = reachable(plain)
-    except SyntaxError as error:
-        raise RunError(f"{notebook}: a code cell or a module does not parse: {error}") from None
-    assets = [PACKAGE / "world" / "world.yml", *sorted((PACKAGE / "world" / "base_model").iterdir())]
-    return {path.relative_to(PACKAGE).as_posix(): sha256(path) for path in [*modules, *assets]}
+@cache
+def _strings(source: str) -> frozenset[str]:
+    constants = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+    return frozenset(value for value in constants if isinstance(value, str))
+
+
+def _data(module: Path) -> Iterator[Path]:
+    """The data files that lie beside a module and that its source names, such as `world.yml`."""
+    names = _strings(module.read_text(encoding="utf-8"))
+    for path in module.parent.iterdir():
+        if path.is_file() and path.suffix != ".py" and path.name in names:
+            yield path
+
+
+def code_cells(notebook: Path) -> list[str]:
+    """List the sources of a notebook's code cells, without the parameters cell, whose values are parameters."""
+    return [
+        cell["source"]
+        for cell in read_cells(notebook)
+        if cell["cell_type"] == "code" and not is_tagged(cell, "parameters")
+    ]
+
+
+def _source(cells: Sequence[str], values: Mapping[str, Any]) -> dict[str, str]:
+    """Hashes of the erlib modules that code cells can reach, of the data that those read, and of the base model."""
+    found: dict[str, str] = {}
+    for module in reachable("\n".join(plain(cell) for cell in cells), PACKAGE):
+        found[module.relative_to(PACKAGE).as_posix()] = _hash(meaning(module.read_text(encoding="utf-8")))
+        found |= {path.relative_to(PACKAGE).as_posix(): sha256(path) for path in _data(module)}
+    if "embedded" in values.values() or any(re.search(r"""["']embedded["']""", cell) for cell in cells):
+        base = PACKAGE / "world" / "base_model"
+        found |= {f"world/base_model/{name}": digest for name, digest in hash_folder(base).items()}
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -217,13 +310,20 @@ def _inputs(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def dependencies(notebook: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Collect all that a phase's result may depend on; its hash, `key`, decides whether the phase can be skipped."""
-    cells = [[cell["cell_type"], cell["source"]] for cell in _cells(notebook)]
-    found = {
-        "params": {name: value for name, value in values.items() if name != "out"},
-        "inputs": _inputs(values),
-        "notebook": hashlib.sha256(json.dumps(cells).encode()).hexdigest(),
-        "source": _source(notebook),
-        "versions": versions(),
-    }
-    return {"key": hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest(), **found}
+    """Collect all that a phase's result may depend on; its hash, `key`, decides whether the phase can be skipped.
+
+    `versions` has every pinned package, for the record; the key covers those that compute (`COMPUTING`).
+    """
+    cells = code_cells(notebook)
+    try:
+        found = {
+            "params": {name: value for name, value in values.items() if name != "out"},
+            "inputs": _inputs(values),
+            "notebook": _hash("\n".join(meaning(cell) for cell in cells)),
+            "source": _source(cells, values),
+            "versions": versions(),
+        }
+    except SyntaxError as error:
+        raise RunError(f"{notebook}: a code cell or a module does not parse: {error}") from None
+    keyed = found | {"versions": {name: found["versions"].get(name) for name in sorted(COMPUTING)}}
+    return {"key": _hash(json.dumps(keyed, sort_keys=True)), **found}

@@ -9,7 +9,7 @@ import yaml
 
 from erlib.chain import pages
 from erlib.chain.manifest import (
-    MANIFEST,
+    COMPUTING,
     ROOT,
     ROUND,
     RunError,
@@ -229,13 +229,14 @@ def reason(job: Job, *, past_gates: bool = False) -> str | None:
         return _difference(manifest, present)
     if trouble := damaged(job.out, manifest):
         return trouble
-    return None if pages.is_current(job.html, job.out) or _is_whole(job) else "its report is lost"
+    return None if pages.can_render(job.executed, job.out, job.html) else "its report is lost"
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Name the first dependency that differs."""
     for part in ("params", "inputs", "source", "versions"):
-        for name in sorted(old[part].keys() | new[part].keys()):
+        names = old[part].keys() | new[part].keys()
+        for name in sorted(names & COMPUTING if part == "versions" else names):
             before, after = old[part].get(name), new[part].get(name)
             if before != after:
                 change = f": {before!r} → {after!r}" if part in ("params", "versions") else ""
@@ -257,16 +258,3 @@ def refuse_missing(jobs: list[Job]) -> None:
             if trouble := damaged(ROOT / folder, manifest):
                 raise RunError(f"{job.label} reads `{key}` = {folder}: {trouble}: run that phase again")
         made.add(job.out)
-
-
-def _is_whole(job: Job) -> bool:
-    """Tell whether the executed notebook is of the present manifest, and not cut off by a kill while it was written."""
-    import nbformat
-
-    try:
-        newer = job.executed.stat().st_mtime >= (job.out / MANIFEST).stat().st_mtime
-        cells = nbformat.read(job.executed, as_version=4).cells
-    except (OSError, ValueError, AttributeError):
-        return False
-    status = {cell.metadata.get("papermill", {}).get("status") for cell in cells if cell.cell_type == "code"}
-    return newer and status == {"completed"}

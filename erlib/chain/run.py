@@ -2,12 +2,10 @@
 
 A phase writes into a temporary folder beside its own. `start` removes the old manifest first; `Phase.finish` renames
 the folder and writes `manifest.json` last. So a manifest means "complete", whatever was killed when. The same calls
-serve a notebook that is run by hand, by plain papermill, or by `erlib.runner`.
+serve a notebook that is run by hand, by plain papermill, or by `runner`.
 """
 
-import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -16,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from erlib.chain import memory, tables
 from erlib.chain.manifest import (
     MANIFEST,
     ROOT,
@@ -34,82 +33,18 @@ from erlib.chain.manifest import (
     shown,
     write_manifest,
 )
-from erlib.chain.memory import peak_bytes
+from erlib.chain.verdict import Check, check, failed, plain
 
 if TYPE_CHECKING:
+    import logging
+
     import pandas as pd
     from matplotlib.figure import Figure
 
+__all__ = ["Check", "Paused", "Phase", "RunError", "check", "commit", "environment", "read_manifest", "start"]
+
 # A killed runner's kernel notices within a second or two and exits; whoever comes next waits for it.
 ORPHAN_SECONDS = 20
-
-
-class Check(NamedTuple):
-    """One row of a verdict; `ok` is None where there is no target, and only a `gate` that is missed fails the phase."""
-
-    check: str
-    value: float | int | bool | str | None
-    low: float | None
-    high: float | None
-    target: str | None
-    ok: bool | None
-    gate: bool
-
-
-def _plain(value: Any) -> Any:
-    """Turn a numpy scalar into a Python one, and what JSON has no number for into None."""
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def check(
-    name: str,
-    value: Any,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    target: str | None = None,
-    gate: bool = True,
-) -> Check:
-    """Judge `value` against a target such as ">= 0.80" (`>= > <= < ==`); NaN fails, no target informs only.
-
-    `value` is a number, or a `metrics.Interval`, which brings `low` and `high` with it.
-
-    A target that is missed is shown as missed. It fails the phase if it is a `gate`, one without which the next phases
-    are not worth running; else the run goes on.
-    """
-    if isinstance(value, tuple):  # an interval: value, low, high
-        value, low, high = value
-    value, ok = _plain(value), None
-    if target is not None:
-        match_ = re.fullmatch(r"(>=|<=|==|>|<)\s*(\S+)", target.strip())
-        if match_ is None:
-            raise ValueError(f'{name}: a target looks like ">= 0.80", not {target!r}')
-        sign, bound = match_[1], float(match_[2])
-        ok = value is not None and {
-            ">=": value >= bound, ">": value > bound, "<=": value <= bound, "<": value < bound, "==": value == bound
-        }[sign]  # fmt: skip
-    return Check(name, value, _plain(low), _plain(high), target, ok, gate and target is not None)
-
-
-def verdict_table(checks: Sequence[Check]) -> "pd.DataFrame":
-    """Lay the verdict out for reading: check, value, interval, target, ok."""
-    import pandas as pd
-
-    def number(value: Any) -> str:
-        return f"{value:.4g}" if isinstance(value, float) else "undefined" if value is None else str(value)
-
-    rows = [
-        {
-            "check": row.check,
-            "value": number(row.value),
-            "interval": "" if row.low is None else f"{number(row.low)} to {number(row.high)}",
-            "target": row.target or "",
-            "ok": {True: "yes", False: "NO" if row.gate else "no (not a gate)", None: ""}[row.ok],
-        }
-        for row in checks
-    ]
-    return pd.DataFrame(rows, columns=["check", "value", "interval", "target", "ok"]).set_index("check")
 
 
 class Paused(Exception):  # noqa: N818 - not an error: it ends the notebook where people have to go on
@@ -144,6 +79,19 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
     for name in ("bitsandbytes.backends.cpu.ops", "dspy.clients.lm"):  # no fast kernel; cut-off answers, which we count
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Said of every checkpoint that TRL has written, whatever is done with it.
+    logging.getLogger("transformers.modeling_utils").addFilter(_says_something_new)
+
+
+def _says_something_new(record: "logging.LogRecord") -> bool:
+    return "`loss_type=None` was set in the config" not in record.getMessage()
+
+
+def _show_numbers_plainly() -> None:
+    """Displayed frames show counts as whole numbers, and small numbers as they are instead of as 0.0000."""
+    import pandas as pd
+
+    pd.set_option("display.float_format", tables.cell)
 
 
 def commit() -> str | None:
@@ -212,13 +160,13 @@ class Phase:
         return time.monotonic() - self._began
 
     def finish(self, checks: Sequence[Check], *, metrics: Mapping[str, float], note: str = "") -> "pd.DataFrame":
-        """Complete the phase: `failed_gate` if one of its gates failed, else `done`."""
-        wrong = [name for name, value in metrics.items() if not isinstance(_plain(value), int | float | None)]
+        """Complete the phase: `failed_gate` if a gate was missed, else `done`; gives the verdict as a table."""
+        wrong = [name for name, value in metrics.items() if not isinstance(plain(value), int | float | None)]
         if wrong:
             raise TypeError(f"metrics are numbers, these are not: {', '.join(wrong)}")
-        status = "failed_gate" if any(row.ok is False and row.gate for row in checks) else "done"
+        status = "failed_gate" if failed(checks) else "done"
         self._complete(status, checks, metrics, note)
-        return verdict_table(checks)
+        return tables.verdict_table(checks)
 
     def pause(self, *, missing: int, command: str) -> None:
         """Keep what is there, say how many judgements are missing and how to give them, and stop the notebook."""
@@ -235,9 +183,9 @@ class Phase:
             "simulated": self.simulated,
             "note": note,
             "verdict": [row._asdict() for row in checks],
-            "metrics": {name: _plain(value) for name, value in metrics.items()},
+            "metrics": {name: plain(value) for name, value in metrics.items()},
             "seconds": round(self.seconds(), 2),
-            "peak_rss_mb": round(peak_bytes() / 2**20, 1),
+            "peak_rss_mb": round(memory.peak_bytes() / 2**20, 1),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": commit(),
             "device": _device(),
@@ -296,6 +244,7 @@ def start(name: str, namespace: Mapping[str, Any], *, simulated: bool = False) -
     os.chdir(ROOT)
     os.environ.update(environment(allow_download=values.get("allow_download", False)))
     _quieten()
+    _show_numbers_plainly()
     _refuse_incomplete(name, values)
     known = dependencies(notebook, values)
     out = ROOT / values["out"]

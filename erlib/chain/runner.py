@@ -1,7 +1,7 @@
 """Runs the notebooks in order: executes each with papermill, renders its report, stops at a gate, a pause or an error.
 
 Whatever is killed when, the next run goes on: a phase without a manifest for its present key, or with a changed output,
-runs again, and nothing else does. `erlib.plan` decides what runs, `erlib.run` is the notebook's side.
+runs again, and nothing else does. `plan` decides what runs, `run` is the notebook's side.
 """
 
 import os
@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from erlib.chain import pages
+from erlib.chain import pages, tables
 from erlib.chain.manifest import ROOT, RunError, dependencies, read_manifest, shown, write_manifest
 from erlib.chain.plan import Job, plan, reason, refuse_missing, select, skipped
 from erlib.chain.run import commit, environment
@@ -70,7 +70,7 @@ def execute(job: Job) -> dict[str, Any]:
     manifest = read_manifest(job.out)
     if manifest is None or (failed and manifest["status"] != "paused"):
         manifest = _write_error(job, problem, time.monotonic() - began)
-    pages.render(job.executed, job.out, job.html)
+    pages.render(job.executed, job.out, job.html, source=job.notebook)
     return manifest
 
 
@@ -121,10 +121,24 @@ def _progress(console: Console, job: Job, expected: float | None) -> Iterator[No
 
 
 def _verdict(manifest: Mapping[str, Any]) -> str:
-    judged = [row for row in manifest["verdict"] if row["ok"] is not None]
-    text = f"{manifest['seconds']:7.1f} s   {sum(row['ok'] for row in judged)} of {len(judged)} targets met"
-    failed = [f"{row['check']} = {row['value']} (target {row['target']})" for row in judged if not row["ok"]]
-    return "; ".join([text, *failed, *filter(None, [manifest["note"]])])
+    rows = manifest["verdict"]
+    named = [_worded(row) for outcome in ("missed", "undecided") for row in rows if row["outcome"] == outcome]
+    return "; ".join(
+        [f"{manifest['seconds']:7.1f} s   {tables.tally(rows)}", *named, *filter(None, [manifest["note"]])]
+    )
+
+
+def _worded(row: Mapping[str, Any]) -> str:
+    within = f", {tables.interval(row)}" if tables.interval(row) else ""
+    value = tables.number(row["value"], row["check"])
+    return f"{tables.outcome(row)}: {row['check']} = {value}{within} (target {row['target']})"
+
+
+def _closing(jobs: Sequence[Job]) -> str:
+    """Count the outcomes of all phases, and name the undecided ones: they stop no run, and nobody should miss them."""
+    found = [(job, row) for job in jobs for row in (read_manifest(job.out) or {}).get("verdict", [])]
+    undecided = [f"{job.label}: {row['check']}" for job, row in found if row["outcome"] == "undecided"]
+    return "; ".join([f"targets: {tables.tally([row for _, row in found])}", *undecided])
 
 
 # -- the run ------------------------------------------------------------------------------------------------------
@@ -161,7 +175,7 @@ def run(
             index = pages.write_index(folder)
     except Timeout:
         raise RunError(f"another run is at work in {shown(folder)}: wait for it or stop it") from None
-    console.print(shown(index))
+    console.print(Text(_closing(chosen)), Text(shown(index)), sep="\n", soft_wrap=True)
     return EXIT[status]
 
 
@@ -189,8 +203,8 @@ def _run_all(jobs: list[Job], folder: Path, force: bool, past_gates: bool, conso
         if why is None:
             if (read_manifest(job.out) or {}).get("status") == "failed_gate":
                 ends_with = "failed_gate"
-            if not pages.is_current(job.html, job.out):
-                pages.render(job.executed, job.out, job.html)
+            if not pages.is_current(job.html, job.out, job.notebook):
+                pages.render(job.executed, job.out, job.html, source=job.notebook)
             console.print(_line(job.label, "skipped", "same key, outputs intact"))
             continue
         console.print(_line(job.label, "starts", why), Text(command(job), style="dim"), sep="\n", soft_wrap=True)

@@ -191,7 +191,7 @@ def card(*, client: str, base: str, data: Sequence[str], manifests: Sequence[Map
         "",
         "From the manifests of the run, each phase's verdict as it came out:",
         "",
-        "| phase | check | value | 95 % interval | target | met |",
+        "| phase | check | value | 95 % interval | target | outcome |",
         "|---|---|---|---|---|---|",
         *(_row(manifest["phase"], row) for manifest in manifests for row in manifest["verdict"]),
         "",
@@ -213,6 +213,6 @@ def _row(phase: str, row: Mapping[str, Any]) -> str:
         return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
     interval = "" if row["low"] is None else f"{number(row['low'])} to {number(row['high'])}"
-    met = {True: "yes", False: "**no**", None: ""}[row["ok"]]
-    cells = (phase, row["check"], number(row["value"]), interval, row["target"] or "", met)
+    outcome = {"missed": "**missed**", None: ""}.get(row["outcome"], row["outcome"])
+    cells = (phase, row["check"], number(row["value"]), interval, row["target"] or "", outcome)
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"

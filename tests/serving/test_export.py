@@ -24,8 +24,8 @@ MANIFEST = {
     "phase": "03_sft",
     "simulated": True,
     "verdict": [
-        {"check": "F1 | all", "value": 0.51234, "low": 0.4, "high": 0.6, "target": ">= 0.8", "ok": False},
-        {"check": "rows", "value": 7, "low": None, "high": None, "target": None, "ok": None},
+        {"check": "F1 | all", "value": 0.51234, "low": 0.4, "high": 0.6, "target": ">= 0.8", "outcome": "missed"},
+        {"check": "rows", "value": 7, "low": None, "high": None, "target": None, "outcome": None},
     ],
 }
 
@@ -76,7 +76,7 @@ def test_the_card_has_its_header_and_the_verdicts_as_they_are(folder):
     header = yaml.safe_load(text.split("---")[1])
     assert header["library_name"] == "transformers"
     assert "synthetic" in header["tags"]
-    assert "| 03_sft | F1 \\| all | 0.5123 | 0.4 to 0.6 | >= 0.8 | **no** |" in text
+    assert "| 03_sft | F1 \\| all | 0.5123 | 0.4 to 0.6 | >= 0.8 | **missed** |" in text
     assert "| 03_sft | rows | 7 |  |  |  |" in text
     assert "Simulated" in text
     real = export.card(client="c", base="b", data=[], manifests=[MANIFEST | {"simulated": False}])
