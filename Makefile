@@ -1,6 +1,6 @@
 # Each command is enough on a machine with Python 3.11 or newer, make and a C++ compiler: set-up hides behind a stamp.
 #   make run     the whole chain (PARAMS=params/smoke.yml, ARGS="--from 03", ARGS=--dry-run)
-#   make test    the tests (PYTEST="-k resume -x")
+#   make test    ruff and all tests (PYTEST='-m "not slow"' for daily work, PYTEST="-k resume -x")
 #   make lab     JupyterLab with a kernel that imports erlib
 #   make peer    TRL 1.12.0 in an environment of its own, for notebook 13
 SHELL := bash
@@ -27,7 +27,9 @@ run: $(STAMP)
 # teams on the same cores wait for each other in spinning barriers.
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(PYTEST)
+	$(VENV)/bin/ruff check --no-cache .
+	$(VENV)/bin/ruff format --check --no-cache .
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile $(PYTEST)
 
 lab: $(STAMP)
 	$(VENV)/bin/jupyter lab --ServerApp.root_dir=.

@@ -1,14 +1,19 @@
-"""The whole chain in the smoke profile, with two rounds, through the real runner, as a user starts it."""
+"""The whole chain in the smoke profile, with two rounds, through the real runner, as a user starts it.
+
+Its notebooks are copies in which every code cell stands twice, but for those tagged `once` (training, start and end of
+a phase): one run shows that the chain holds together and that a cell can be run twice.
+"""
 
 import json
 import re
 import subprocess
 import sys
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
 
+from erlib.documents import reserve
 from erlib.judgements import annotation, sampling
 from erlib.lm import models
 from erlib.lm.checkpoints import fingerprint, require_merged
@@ -53,18 +58,39 @@ METRICS = {
 KEYS = {
     "phase", "status", "params", "verdict", "metrics", "inputs", "outputs", "seconds", "peak_rss_mb", "versions", "seed"
 }  # fmt: skip
-VERDICT = {"check", "value", "low", "high", "target", "ok"}
+VERDICT = {"check", "value", "low", "high", "target", "outcome", "gate"}
+
+pytestmark = pytest.mark.slow  # minutes
 
 
-def erlib(*arguments, runs):
-    command = [sys.executable, "-m", "erlib", "run", "params/smoke.yml", "--runs", str(runs), *arguments]
+def erlib(*arguments, runs, notebooks=ROOT / "notebooks"):
+    command = [sys.executable, "-m", "erlib", "run", "params/smoke.yml", "--runs", str(runs)]
+    command += ["--notebooks", str(notebooks), *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
 
 
+def doubled(cells):
+    """Every code cell twice in a row; the parameters cell and those tagged `once` stay alone."""
+    for cell in cells:
+        yield cell
+        if cell["cell_type"] == "code" and not {"once", "parameters"} & set(cell["metadata"].get("tags", [])):
+            yield cell | {"id": f"{cell['id']}-again", "metadata": {"tags": ["again"]}}
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def notebooks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("notebooks")
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        notebook["cells"] = list(doubled(notebook["cells"]))
+        (folder / path.name).write_text(json.dumps(notebook), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, notebooks):
     folder = tmp_path_factory.mktemp("runs")
-    finished = erlib("--past-gates", runs=folder)
+    finished = erlib("--past-gates", runs=folder, notebooks=notebooks)
     assert finished.returncode in (0, 3), finished.stdout + finished.stderr
     return folder
 
@@ -121,6 +147,26 @@ def test_the_fine_tuned_model_loads_with_plain_transformers(smoke):
     assert written.shape[1] > ids["input_ids"].shape[1]
 
 
+# -- every cell twice -----------------------------------------------------------------------------------------------
+
+
+def shown(cell):
+    """What a cell shows, without what differs from one execution to the next: styles' ids, addresses, progress."""
+    kept = [{"text": o.get("text"), "data": o.get("data")} for o in cell["outputs"] if o.get("name") != "stderr"]
+    text = json.dumps(kept, sort_keys=True)
+    return re.sub(r"T_[0-9a-f]{5}|0x[0-9a-f]+", "", text)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_cell_that_is_run_twice_shows_the_same(smoke, phase):
+    code = [cell for cell in json.loads((smoke / f"{phase}.ipynb").read_text())["cells"] if cell["cell_type"] == "code"]
+    again = [number for number, cell in enumerate(code) if "again" in cell["metadata"].get("tags", [])]
+    assert len(again) > len(code) / 4
+    for number in again:
+        assert code[number]["source"] == code[number - 1]["source"]
+        assert shown(code[number]) == shown(code[number - 1]), "".join(code[number]["source"])
+
+
 # -- what the rounds hand on --------------------------------------------------------------------------------------
 
 
@@ -164,15 +210,29 @@ def test_a_round_refuses_the_records_of_another(smoke):
 
 
 def test_no_document_is_used_twice(smoke):
-    used = {place: {row["document"]["id"] for row in rows(smoke / place / "04_sampling/samples.jsonl")}
+    used = {f"{place}: sampling": {row["document"]["id"] for row in rows(smoke / place / "04_sampling/samples.jsonl")}
             for place in ROUNDS}  # fmt: skip
+    used |= {f"{place}: comparison": {row["document"]["id"] for row in rows(smoke / place / "07_ppo/samples.jsonl")}
+             for place in ROUNDS}  # fmt: skip
     used["reports"] = {row["document"]["id"] for row in rows(smoke / "02_corpus/reports.jsonl")}
     used["blind test"] = {row["document_id"] for row in rows(smoke / "10_blind_test/comparisons.jsonl")}
     for one, other in combinations(used.values(), 2):
         assert one and other and not one & other
     groups = {row["id"]: (row["split"], row["group"]) for row in rows(smoke / "02_corpus/documents.jsonl")}
     assert {groups[i][0] for i in used["blind test"]} == {"test"}
-    assert {groups[i][0] for place in ROUNDS for i in used[place]} == {"train"}
+    assert {groups[i][0] for name in used if "round" in name for i in used[name]} == {"train"}
+
+
+def test_the_record_of_documents_grows_from_phase_to_phase_and_names_what_was_used(smoke):
+    folders = [smoke / "02_corpus", *(smoke / place / phase for place in ROUNDS for phase in ("04_sampling", "07_ppo"))]
+    records = [reserve.read(folder) for folder in folders]
+    for before, after in pairwise(records):
+        assert before.items() < after.items()
+    sampled = {row["document"]["id"] for row in rows(smoke / "round-2/04_sampling/samples.jsonl")}
+    assert sampled <= {name for name, purpose in records[-1].items() if purpose == "round 2: sampling"}
+    last = [reserve.read(smoke / phase) for phase in ("08_alternatives", "09_rounds", "10_blind_test")]
+    assert all(records[-1].items() < each.items() for each in last)
+    reserve.merged(*last)  # raises on an overlap
 
 
 def test_the_guard_has_its_reference_and_the_policy_in_four_bits_loads(smoke):
@@ -220,14 +280,14 @@ def test_drift_watches_the_last_policy_with_the_last_reward_model_and_opens_tick
 # -- again --------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_has_nothing_to_do(runs):
-    again = erlib("--past-gates", "--dry-run", runs=runs)
+def test_a_second_run_has_nothing_to_do(runs, notebooks):
+    again = erlib("--past-gates", "--dry-run", runs=runs, notebooks=notebooks)
     assert again.stdout.count("same key, outputs intact") == len(PHASES), again.stdout
 
 
 # 07 is left out: test_ppo shows that it goes on bit for bit, and its log says how long each step took.
 @pytest.mark.parametrize("phase", ["02_corpus", "03_sft", *(f"round-2/{phase}" for phase in EACH_ROUND[:3])])
-def test_a_forced_phase_makes_the_same_files(runs, smoke, phase):
+def test_a_phase_whose_cells_run_once_makes_the_same_files(runs, smoke, phase):
     before = manifest(smoke, phase)["outputs"]
     forced = erlib("--only", phase, "--force", runs=runs)
     assert forced.returncode in (0, 3), forced.stdout + forced.stderr

@@ -253,10 +253,10 @@ def keys(chain: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("file", "old", "new", "rerun"),
     [
-        ("erlib/task/metrics.py", "import math", "import math\nEXTRA = 1", ["01", "02"]),
-        ("erlib/task/metrics.py", "import math", "# a comment\nimport math", []),
+        ("erlib/task/metrics.py", "import re", "import re\nEXTRA = 1", ["01", "02"]),
+        ("erlib/task/metrics.py", "import re", "# a comment\nimport re", []),
         ("erlib/task/metrics.py", '"""', '"""Said otherwise. ', []),
-        ("erlib/chain/verdict.py", "import math", "import math\nEXTRA = 1", ["01", "02", "03"]),
+        ("erlib/chain/verdict.py", "import re", "import re\nEXTRA = 1", ["01", "02", "03"]),
         ("erlib/world/posts.py", "import random", "import random\nEXTRA = 1", ["02"]),
         ("erlib/world/world.yml", "\n", "\n# more\n", ["02"]),
         ("erlib/world/base_model/config.json", "{", "{ ", ["03"]),
