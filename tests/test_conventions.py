@@ -105,7 +105,7 @@ def test_every_parameter_is_used(notebook: Path) -> None:
 
 
 def bound(cell: dict) -> set[str]:
-    """The names that a cell binds: assignments and imports, without loop variables and `_`, which nobody reads later."""
+    """The names that a cell binds: assignments and imports, without loop variables and `_`, which nobody reads."""
     names: set[str] = set()
     tree = ast.parse(plain(cell["source"]))
     loops = {id(inner) for node in ast.walk(tree) if isinstance(node, ast.For) for inner in ast.walk(node.target)}
