@@ -53,7 +53,7 @@ class Work:
     new_tokens: int  # of every completion: nothing ends early
     prompts_per_step: int
     samples: int  # completions of each prompt
-    mini_batch_size: int  # prompts, with all their samples, an optimiser step
+    mini_batch_size: int  # prompts, with all their samples, per optimiser step
     epochs: int  # passes over a step's completions
     steps: int  # the first warms up and is not counted
     lora_rank: int
@@ -142,7 +142,7 @@ def _settings(workload: dict[str, Any]) -> "ppo.Settings":
             epochs=workload["epochs"],
             mini_batch_size=workload["mini_batch_size"],
             micro_batch_size=prompts,
-            ratio_threshold=math.inf,
+            ratio_threshold=math.inf,  # TRL knows neither limit
             target_kl=math.inf,
         ),
         adapter=ppo.Adapter(lora_rank=rank, lora_alpha=2 * rank),

@@ -185,7 +185,7 @@ class Phase:
             "verdict": [row._asdict() for row in checks],
             "metrics": {name: plain(value) for name, value in metrics.items()},
             "seconds": round(self.seconds(), 2),
-            "peak_rss_mb": round(memory.peak_bytes() / 2**20, 1),
+            "peak_rss_mb": round(memory.whole_peak_bytes() / 2**20, 1),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": commit(),
             "device": _device(),

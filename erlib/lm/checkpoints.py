@@ -27,7 +27,7 @@ def save_adapter(model: "PreTrainedModel", folder: Path) -> None:
 
 
 def training_table(history: Sequence[dict]) -> "pd.DataFrame":
-    """A trainer's log, one row a step (all entries of a step in one), without the timings, which differ by run."""
+    """A trainer's log, one row per step (all entries of a step in one), without the timings, which differ by run."""
     import pandas as pd
 
     steps: dict[int, dict] = {}

@@ -54,7 +54,7 @@ class DPO:
 
     beta: float = 0.1  # price of distance from the start
     epochs: int = 1  # passes over the pairs
-    batch_size: int = 16  # pairs a step
+    batch_size: int = 16  # pairs per step
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def rloo(
         return (score(prompts, completion_ids) - settings.missing_end_penalty * missing).tolist()
 
     steps = len(prompts) // settings.prompts_per_step
-    parts = math.gcd(4, settings.prompts_per_step)  # backward passes a step: a quarter of the memory
+    parts = math.gcd(4, settings.prompts_per_step)  # backward passes per step: a quarter of the memory
     trainer = _rloo_trainer(settings, tuning.seed)(
         model=model,
         processing_class=tokenizer,
@@ -448,7 +448,7 @@ _QUESTIONS = (
 
 
 def diagnose(measured: "pd.DataFrame", *, seed: int) -> "pd.DataFrame":
-    """Answer the questions in order from one row a document: question, value, low, high, wanted, holds, suspect.
+    """Answer the questions in order from one row per document: question, value, low, high, wanted, holds, suspect.
 
     `measured` has the columns that `_QUESTIONS` names. A value is a mean paired difference with its 95 % interval:
     "above 0" asks for the whole interval, "not below 0" for its upper end. `holds` is None where a column is not known

@@ -1,6 +1,6 @@
 """The closed forms of PPO: KL estimators and controller, advantages, whitening, the clipped losses.
 
-Tensors are (B, T), one row a completion; `mask` is 1 on its tokens and 0 on the padding to the right of them.
+Tensors are (B, T), one row per completion; `mask` is 1 on its tokens and 0 on the padding to the right of them.
 """
 
 from dataclasses import dataclass

@@ -82,7 +82,7 @@ class MultiAdapter:
         weights = load_file(reward.adapter / "adapter_model.safetensors")
         head = next((weights.pop(name) for name in list(weights) if name.endswith("score.weight")), None)
         if head is None or head.shape[0] != len(ASPECTS):
-            raise ValueError(f"{reward.adapter} has no score head for each aspect: train it with `reward.train`")
+            raise ValueError(f"{reward.adapter} has no score head for each aspect: train it with `reward_model.train`")
         head = head.float().sum(dim=0, keepdim=True)  # what is rewarded is the sum over aspects
         for name in ("reward", "value"):
             saved = LoraConfig.from_pretrained(str(reward.adapter))

@@ -52,7 +52,7 @@ class Update:
     value_learning_rate: float = 1e-3  # of the value model's
     warmup_steps: int = 1  # steps in which the value model learns alone: advantages of an untrained one are noise
     epochs: int = 2  # passes over a step's rollouts
-    mini_batch_size: int = 8  # prompts, with all their samples, an optimiser step
+    mini_batch_size: int = 8  # prompts, with all their samples, per optimiser step
     micro_batch_size: int = 2  # prompts, with all their samples, in memory at once
     clip_range: float = 0.2  # of the ratio (1707.06347)
     value_clip: float = 0.2  # of a value's change, from the end of the warm-up on
@@ -323,7 +323,7 @@ def train(
     """Train a policy adapter on `model`, the merged checkpoint, against a frozen reward model; save it in `out`.
 
     Each step samples completions at the reward model's temperature, scores all of them, and then trains; the policy
-    stays for the first `warmup_steps` while the value model learns. KL is in nats a completion. Log row s belongs to
+    stays for the first `warmup_steps` while the value model learns. KL is in nats per completion. Log row s belongs to
     the policy after s steps; the last one is sampled and judged, too. A killed run goes on from its last whole
     checkpoint, bit for bit on a CPU. The guard's first alarm restores the last good checkpoint at a lower learning
     rate, the second ends training there. Under `accelerate launch` every process calls this alike, and the main one

@@ -39,7 +39,7 @@ class Shaping:
     """How scores become rewards, and rewards advantages."""
 
     kl_coef: float = 0.15  # price of a nat of distance from the start, in deviations of the reward; where it begins
-    kl_target: float | None = 6.0  # nats a completion that the controller steers to (1909.08593); None: `kl_coef` stays
+    kl_target: float | None = 6.0  # nats per completion that is steered to (1909.08593); None: `kl_coef` stays
     kl_horizon: int = 10_000  # completions in which the controller may change the coefficient by a fifth
     reward_clip: float = 5.0  # deviations beyond which a score counts no further: one outlier must not rule a step
     missing_end_penalty: float = 1.0  # deviations that a completion without its end token loses
@@ -161,7 +161,7 @@ def with_advantages(batch: Batch, reward: RewardModel, *, kl_coef: float, shapin
 
 
 def measures(batch: Batch, reward: RewardModel) -> dict[str, float]:
-    """What the rollouts of a policy say of it: KL a completion, rewards against the reference, form and length."""
+    """What the rollouts of a policy say of it: KL per completion, rewards against the reference, form and length."""
     k1, k3 = losses.kl_estimates(batch.logprobs, batch.reference)
     low, high = np.quantile(reward.evaluation, [0.01, 0.99])
     scores = batch.scores.double().numpy()

@@ -172,7 +172,7 @@ class Guard:
 
 
 def diagnose(log: "pd.DataFrame", *, gold: str, kl_target: float) -> "pd.DataFrame":
-    """What a PPO log (one row a step, columns as `ppo` writes them) says of a training that missed its gate.
+    """What a PPO log (one row per step, columns as `ppo` writes them) says of a training that missed its gate.
 
     Compares the last fifth of the steps with the first; `gold` names the column of the gold score. Rows are signs:
     measured, seen ("YES", "no", "unknown" where it was never measured), and what to change.
