@@ -132,7 +132,7 @@ def test_report_and_index_tell_outcomes_apart_in_words_and_count_them(project: P
         assert [cell["class"] for cell in shown(class_="outcome")] == [
             ["outcome", "met"], ["outcome", "undecided"], ["outcome", "missed"]
         ]  # fmt: skip
-    assert "1 phases in" in index.text or "1 phase in" in index.text
+    assert "1 phase in" in index.text
     assert "1 met, 1 undecided, 1 missed" in index.text
     assert "simulated in phases 01." in index.find(class_="banner").text
     assert "sign_test_p < 0.001" in index.text
