@@ -12,8 +12,8 @@ os.environ.update(environment())  # before any test imports a hub library
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run kernels beside pytest on the same cores
 
 
-def write_notebook(path: Path, *cells: str) -> Path:
-    """Write a notebook of code cells, the first of them tagged `parameters`."""
+def write_notebook(path: Path, *cells: str, prose: str = "") -> Path:
+    """Write a notebook of code cells, the first of them tagged `parameters`, behind a cell of prose, if any."""
     code = [
         {
             "cell_type": "code",
@@ -25,6 +25,8 @@ def write_notebook(path: Path, *cells: str) -> Path:
         }
         for number, source in enumerate(cells)
     ]
+    if prose:
+        code.insert(0, {"cell_type": "markdown", "id": "prose", "metadata": {}, "source": prose})
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     path.write_text(json.dumps({"cells": code, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
     return path

@@ -14,7 +14,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from erlib.chain.manifest import PACKAGE, ROOT, folders, parameters
+from erlib.chain.manifest import COMPUTING, PACKAGE, ROOT, folders, parameters
 from erlib.chain.plan import check_params, discover, rounds, skipped
 
 # A folder imports only the folders before it; `plots` turns DataFrames into figures and knows no other module.
@@ -233,6 +233,13 @@ def test_the_pins_fit_the_ranges_and_belong_to_no_machine() -> None:
         assert PINS[requirement.name] in requirement.specifier
     text = (ROOT / "constraints.txt").read_text()
     assert not re.search(r"\+|@|file:|://", text.split("\n", 1)[1])
+
+
+def test_every_dependency_either_computes_and_is_in_the_key_or_is_known_not_to() -> None:
+    otherwise = set("filelock ipykernel jupyterlab matplotlib nbconvert papermill psutil rich typer".split())
+    computing = {canonicalize_name(name) for name in COMPUTING}
+    assert {Requirement(text).name for text in PYPROJECT["project"]["dependencies"]} - otherwise <= computing
+    assert computing - {"python"} <= PINS.keys()
 
 
 def test_conda_users_get_the_same_packages() -> None:

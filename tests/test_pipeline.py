@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from erlib.chain import results
 from erlib.documents import reserve
 from erlib.judgements import annotation, sampling
 from erlib.lm import models
@@ -135,6 +136,13 @@ def test_reports_load_nothing_and_describe_every_figure(smoke, phase):
 def test_index_shows_every_phase(smoke):
     page = (smoke / "index.html").read_text(encoding="utf-8")
     assert re.findall(r'<a href="([^"]+)\.html">', page) == PHASES
+
+
+def test_the_results_of_the_run_have_every_headline(smoke):
+    found = {phase: manifest(smoke, phase) for phase in PHASES}
+    assert len(results.headlines(found)) == 8
+    assert all(row is not None for _, row in results.headlines(found))
+    assert "not in this run" not in results.markdown(smoke)
 
 
 def test_the_fine_tuned_model_loads_with_plain_transformers(smoke):

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from test_extraction import GOLD, exemplar
+from reading import GOLD, exemplar
 
 from erlib.reports import exemplars
 from erlib.task.schema import Document, Exemplar

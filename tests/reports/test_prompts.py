@@ -1,6 +1,6 @@
 """Prompts: templates state the brief, each version extends the one before it, and the chosen one is kept."""
 
-from test_extraction import BRIEF, GOLD, POOL, V1, V5, Reader, connect
+from reading import BRIEF, GOLD, POOL, V1, V5, Reader, connect
 
 from erlib.reports import extraction, prompts
 from erlib.task import evaluation

@@ -1,7 +1,7 @@
 """Selection of exemplars: a search that beats its baselines, no demo scored on itself."""
 
 import pytest
-from test_extraction import BRIEF, GOLD, POOL, V5, VERBS, Reader, connect
+from reading import BRIEF, GOLD, POOL, V5, VERBS, Reader, connect
 
 from erlib.reports import exemplars, extraction, selector
 from erlib.task.schema import Document, Exemplar

@@ -1,7 +1,7 @@
 """Evaluation: scores of an LM's answers, its two failure modes, and one prompt against others."""
 
 import pytest
-from test_extraction import BRIEF, GOLD, POOL, V1, V5, Reader, connect
+from reading import BRIEF, GOLD, POOL, V1, V5, Reader, connect
 
 from erlib.reports import extraction
 from erlib.task import evaluation
