@@ -8,6 +8,7 @@ none       more of the same: what chance alone detects
 """
 
 from collections.abc import Collection
+from itertools import count, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -70,6 +71,7 @@ def year(brief: Brief, *, parts: int, window: int, held_out: Collection[str], se
     seasons = World(seed=seed + OTHER_STORIES, brief=brief, drift=1)
     kept: list[Sample] = []
     for part in range(parts):
-        samples = seasons.stream(2 * window, start=part * YEAR_MINUTES // MINUTES_PER_DOCUMENT // parts)
-        kept += [sample for sample in samples if sample.truth.topic not in held_out][:window]
+        start = part * YEAR_MINUTES // MINUTES_PER_DOCUMENT // parts
+        samples = (seasons.post(index) for index in count(start))
+        kept += islice((sample for sample in samples if sample.truth.topic not in held_out), window)
     return [sample.exemplar.document for sample in kept]
