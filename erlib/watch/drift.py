@@ -486,6 +486,8 @@ def watch_inputs(
 ) -> WatchedInputs:
     """Fit weights, calibrate and watch the inputs of a stream that `stretches.cut` has cut.
 
+    An encoder that is fitted on texts must know those of the part `fit` alone: one that had seen the part to calibrate
+    on alarmed in 37 to 70 % of the windows of stationary streams of 6,000 posts, instead of 3 to 13 %.
     Raises ValueError where a part is too short for the sizes asked for.
     """
     texts = {name: [document.text for document in part] for name, part in parts.items()}
