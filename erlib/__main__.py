@@ -145,15 +145,10 @@ def extract(
                 documents,
                 reports,
                 model=model,
-                engine=engine,
+                work=bulk.Work(engine, workers, batch_size, block),
                 rejects=rejects or reports.with_name("rejects.jsonl"),
+                columns=bulk.Columns(text_column, id_column, max_chars),
                 brief=files.read_brief(brief) if brief else None,
-                workers=workers,
-                batch_size=batch_size,
-                block=block,
-                text_column=text_column,
-                id_column=id_column,
-                max_chars=max_chars,
                 progress=progress,
             )
     except (OSError, ValueError, ModuleNotFoundError, RuntimeError) as error:

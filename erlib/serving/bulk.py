@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,37 +35,49 @@ class Done(NamedTuple):
     rejects: int
 
 
+@dataclass(frozen=True)
+class Work:
+    """How documents are answered: by which engine, in how many processes, how many at once."""
+
+    engine: str  # a name of `engines.ENGINES`
+    workers: int = 1  # processes that share the cores; each opens the model
+    batch_size: int = 32  # documents at once in each process
+    block: int = 256  # documents between two writes to the disk; two blocks per worker are in memory
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where the documents of a file are found, and which are too long to be one."""
+
+    text_column: str = "text"
+    id_column: str = "id"
+    max_chars: int = 1_000_000  # checked before cleaning, which may be slow on hostile text
+
+
 def extract(
     documents: Path,
     reports: Path,
     *,
     model: Path,
-    engine: str,
+    work: Work,
     rejects: Path,
+    columns: Columns = Columns(),  # noqa: B008 - frozen
     brief: Brief | None = None,
-    workers: int = 1,
-    batch_size: int = 32,
-    block: int = 256,
-    text_column: str = "text",
-    id_column: str = "id",
-    max_chars: int = 1_000_000,
     progress: Callable[[Done], None] = lambda done: None,
 ) -> Done:
     """Extract from every document of a file into `reports` (JSONL), in input order; bad rows go to `rejects`.
 
-    Each of `workers` processes opens the model and reads blocks of `block` documents; they share the cores. The same
-    call after a kill goes on where it was. Raises ValueError where `reports` was begun with another input or model, and
-    RuntimeError where another process writes it.
+    The same call after a kill goes on where it was. Raises ValueError where `reports` was begun with another input,
+    model or engine, and RuntimeError where another process writes it.
     """
     try:
         with FileLock(reports.with_name(f".{reports.name}.lock"), timeout=0):
-            _check_same(documents, reports, model=model, engine=engine)
+            _check_same(documents, reports, model=model, engine=work.engine)
             last = _resume(reports, rejects)
-            columns = {"text_column": text_column, "id_column": id_column, "max_chars": max_chars}
-            rows = files.numbered_documents(documents, **columns, after=last)
+            rows = files.numbered_documents(documents, **asdict(columns), after=last)
             done = Done(last, 0, 0)
             with open(reports, "ab") as good, open(rejects, "ab") as bad:
-                for read, found in _in_order(rows, model, engine, brief, workers, batch_size, block):
+                for read, found in _in_order(rows, model, work, brief):
                     refused = [
                         {"line": number, "reason": reason, "row": raw} for number, at, reason, raw in read if at is None
                     ]
@@ -146,16 +159,16 @@ def _complete_lines(path: Path, *, keep: Callable[[dict[str, Any]], bool]) -> It
 
 
 def _in_order(
-    rows: Iterable[Row], model: Path, engine: str, brief: Brief | None, workers: int, batch_size: int, block: int
+    rows: Iterable[Row], model: Path, work: Work, brief: Brief | None
 ) -> Iterator[tuple[list[Row], list[dict[str, Any]]]]:
-    """Blocks of rows with the reports of their documents, in order; at most two blocks a worker are in memory."""
-    pool = open_pool(model, engine=engine, workers=workers, batch_size=batch_size, brief=brief)
-    blocks, waiting = iter(lambda: list(islice(rows, block)), []), deque()  # type: ignore[var-annotated]
+    """Blocks of rows with the reports of their documents, in order; at most two blocks per worker are in memory."""
+    pool = open_pool(model, work, brief=brief)
+    blocks, waiting = iter(lambda: list(islice(rows, work.block)), []), deque()  # type: ignore[var-annotated]
     try:
         for read in blocks:
             future: Future = pool.submit(_work, [(number, document) for number, document, *_ in read if document])
             waiting.append((read, future))
-            if len(waiting) == 2 * workers:
+            if len(waiting) == 2 * work.workers:
                 read, future = waiting.popleft()
                 yield read, future.result()
         while waiting:
@@ -169,14 +182,12 @@ def _in_order(
         raise
 
 
-def open_pool(
-    model: Path, *, engine: str, workers: int, batch_size: int, brief: Brief | None = None
-) -> ProcessPoolExecutor:
+def open_pool(model: Path, work: Work, *, brief: Brief | None = None) -> ProcessPoolExecutor:
     """Processes that open the model when they start, each with its share of the cores."""
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    given = (model, engine, batch_size, threads, brief)
+    threads = max(1, (os.cpu_count() or 1) // work.workers)
+    given = (model, work.engine, work.batch_size, threads, brief)
     spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=spawn, initializer=_open, initargs=given)
+    return ProcessPoolExecutor(work.workers, mp_context=spawn, initializer=_open, initargs=given)
 
 
 def answer(prompts: list[list[int]]) -> list[list[int]]:

@@ -11,8 +11,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,12 +24,17 @@ from erlib.chain.memory import peak_bytes
 from erlib.lm import models
 from erlib.serving import bulk, engines
 from erlib.task.jsonl import read_jsonl
-from erlib.task.metrics import Interval
+from erlib.task.metrics import Interval, wilson
 from erlib.task.schema import Document
 
 if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Answering = Callable[[Sequence[list[int]]], list[list[int]]]  # prompts to answers, in their order
+
+NAIVE = "generate, batched"  # the way that all others are compared with
 
 
 # -- latency and throughput ---------------------------------------------------------------------------------------
@@ -53,11 +59,10 @@ def answers(engine: engines.Engine, prompts: Sequence[list[int]]) -> list[list[i
 
 
 @contextmanager
-def processes(
-    folder: Path, *, engine: str, workers: int, batch_size: int
-) -> Iterator[Callable[[Sequence[list[int]]], list[list[int]]]]:
+def processes(folder: Path, work: bulk.Work) -> Iterator[Answering]:
     """A way of answering prompts in several processes that share the cores, all of them open: see `bulk.extract`."""
-    with bulk.open_pool(folder, engine=engine, workers=workers, batch_size=batch_size) as pool:
+    workers = work.workers
+    with bulk.open_pool(folder, work) as pool:
         while len(set(pool.map(_pid, range(4 * workers)))) < workers:
             pass  # a process starts only where no other is idle
 
@@ -77,7 +82,7 @@ def _pid(_: int) -> int:
 
 
 @contextmanager
-def naive_process(folder: Path, **settings: int) -> Iterator[Callable[[Sequence[list[int]]], list[list[int]]]]:
+def naive_process(folder: Path, **settings: int) -> Iterator[Answering]:
     """`naive` with the model of a folder in a process of its own, as the engines of `processes` have theirs."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=_load, initargs=(folder,)) as pool:
@@ -140,6 +145,71 @@ def interleaved(ways: Mapping[str, Callable[[], list[list[int]]]], *, turns: int
     return Measured(pd.DataFrame(rows, columns=["way", "turn", "seconds", "load"]), found)
 
 
+def measure_ways(
+    folder: Path,
+    prompts: Sequence[list[int]],
+    *,
+    names: Sequence[str],
+    opened: Mapping[str, engines.Engine],
+    shared: bulk.Work,
+    max_new_tokens: int,
+    turns: int,
+) -> Measured:
+    """Time every way of answering all prompts in turns, after a batch to warm up: `NAIVE`, each engine of `names`, and
+    one engine in several processes (`shared`, see `in_processes`).
+
+    Every way answers in processes of its own, as it would be served; an engine of `opened` answers in this one, for
+    what a second process could not have, such as a GPU.
+    """
+    batch_size = shared.batch_size
+    with ExitStack() as stack:
+        naive_ = naive_process(folder, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        asking: dict[str, Answering] = {NAIVE: stack.enter_context(naive_)}
+        for name in names:
+            if name not in opened:
+                work = bulk.Work(name, batch_size=batch_size)
+                asking[name] = stack.enter_context(processes(folder, work))
+        asking[in_processes(shared)] = stack.enter_context(processes(folder, shared))
+        for ask in asking.values():
+            ask(prompts[:batch_size])
+        ways = {name: partial(answers, engine, prompts) for name, engine in opened.items()}
+        ways |= {name: partial(ask, prompts) for name, ask in asking.items()}
+        return interleaved(ways, turns=turns)
+
+
+def in_processes(work: bulk.Work) -> str:
+    """The name of an engine at work in several processes."""
+    return f"{work.engine}, {work.workers} processes"
+
+
+def same_answers(measured: Measured) -> dict[str, Interval]:
+    """Share of the prompts that each way answers as `NAIVE` does, token for token, with Wilson's interval."""
+    expected = measured.answers[NAIVE]
+    found = {}
+    for name, given in measured.answers.items():
+        same = [ours == theirs for ours, theirs in zip(given, expected, strict=True)]
+        found[name] = wilson(sum(same), len(same))
+    return found
+
+
+def step_table(
+    steps: Sequence[tuple[str, str | None]], rate: Mapping[str, float], measured: Measured
+) -> "pd.DataFrame":
+    """One row for each step (name, comparison or None): name, against, documents_per_hour, factor, low, high.
+
+    `rate` is in documents per hour. The interval is that over turns, for ways that were measured in the same turns.
+    """
+    import pandas as pd
+
+    nan, rows = float("nan"), []
+    for name, against in steps:
+        factor = rate[name] / rate[against] if against else nan
+        together = against in measured.answers and name in measured.answers
+        low, high = ratio(measured.seconds, name, against)[1:] if together else (nan, nan)
+        rows.append((name, against, rate[name], factor, low, high))
+    return pd.DataFrame(rows, columns=["name", "against", "documents_per_hour", "factor", "low", "high"])
+
+
 def ratio(seconds: "pd.DataFrame", way: str, against: str) -> Interval:
     """How many times faster `way` is than `against`: geometric mean over turns, smallest and largest turn."""
     import numpy as np
@@ -177,6 +247,13 @@ def knee(swept: "pd.DataFrame", *, share: float = 0.9) -> int:
 
 
 # -- memory of a fresh process ------------------------------------------------------------------------------------
+
+
+def footprints(folder: Path, names: Sequence[str], documents: Path, *, at_once: int) -> dict[str, dict[str, float]]:
+    """`footprint` of each engine, `at_once` of them beside each other."""
+    with ThreadPoolExecutor(at_once) as pool:
+        found = pool.map(lambda name: footprint(folder, name, documents), names)
+        return dict(zip(names, found, strict=True))
 
 
 def footprint(folder: Path, engine: str, documents: Path) -> dict[str, float]:
@@ -242,7 +319,7 @@ class Floor(NamedTuple):
 def floor(model: "PreTrainedModel", rates: Rates, *, prompt_tokens: float, new_tokens: float, batch_size: int) -> Floor:
     """The floor of a document of mean lengths in fp32 when `batch_size` are decoded at once.
 
-    A prompt token costs 2 FLOP a weight outside embedding and head, a new one the head too, and both attend to what is
+    A prompt token costs 2 FLOP per weight outside embedding and head, a new one the head too; both attend to what is
     before them. Memory: weights once for a batch's prompts and once for each of its tokens, keys and values of a
     document at each of its tokens.
     """
@@ -254,7 +331,7 @@ def floor(model: "PreTrainedModel", rates: Rates, *, prompt_tokens: float, new_t
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * width
     flops = prompt_tokens * (2 * body + attention * prompt_tokens / 2)
     flops += new_tokens * (2 * (body + head) + attention * context)
-    cache = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * width  # bytes a token
+    cache = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * width  # bytes per token
     read = (1 + new_tokens) * 4 * (body + head) / batch_size + new_tokens * context * cache
     return Floor(flops / rates.flops, read / rates.bytes)
 

@@ -10,7 +10,8 @@ import pandas as pd
 
 from erlib.chain.manifest import write_text
 from erlib.task.schema import Document
-from erlib.watch.drift import DETECTORS, Features, require_dated
+from erlib.watch.drift import DETECTORS, Features, rows
+from erlib.watch.stretches import require_dated
 
 
 class Step(NamedTuple):
@@ -30,8 +31,8 @@ def to_repeat(fired: Iterable[str], *, watched: Iterable[str] = ("inputs", "outp
     if moved and watches - {"inputs"}:
         steps.append(Step("02_corpus", "documents are unlike those trained on: have the frontier report on new ones"))
     if "parse rate, Fisher" in names:
-        mend = "SFT on such documents" if moved else "is it the policy released, served as it was? If so, repeat SFT"
-        steps.append(Step("03_sft", f"more reports cannot be read: {mend}"))
+        fix = "SFT on such documents" if moved else "is it the policy released, served as it was? If so, repeat SFT"
+        steps.append(Step("03_sft", f"more reports cannot be read: {fix}"))
     elif names & {"relationships a report, KS", "report length, KS"}:
         because = "with the documents" if moved else "though the documents did not: is it still the policy released?"
         steps.append(Step("03_sft", f"reports changed in size, {because}"))
@@ -91,6 +92,32 @@ def ticket(
         "steps": [step._asdict() for step in steps],
         "documents": list(driving.values()),
     }
+
+
+def first_ticket(
+    reference: Features,
+    features: Features,
+    documents: Sequence[Document],
+    watched: pd.DataFrame,
+    *,
+    stream: str,
+    after: int = 0,
+    dates: Sequence[str | None] = (),
+) -> dict[str, Any] | None:
+    """Open a ticket for the first window of a stream with an alarm that ends after place `after`; None without one.
+
+    `watched` are the rows of `drift.watch`. Planted documents come from another time: with `dates`, the documents of
+    the window take these, in their order.
+    """
+    late = watched[watched["fired"] & (watched["end"] > after)]
+    if late.empty:
+        return None
+    now = watched[watched["window"] == late["window"].min()]
+    span = slice(now["first"].iloc[0], now["end"].iloc[0])
+    shown = list(documents[span])
+    if dates:
+        shown = [each.model_copy(update={"date": date}) for each, date in zip(shown, dates, strict=False)]
+    return ticket(reference, rows(features, span), shown, now, stream=stream)
 
 
 def ticket_text(opened: Mapping[str, Any]) -> str:

@@ -136,7 +136,7 @@ def test_no_worker_outlives_a_killed_parent(documents, model):
 def test_another_model_or_input_is_refused(documents, model, tmp_path):
     reports = tmp_path / "reports.jsonl"
     reports.write_text('{"line": 1}\n')
-    asked = {"model": model, "engine": "transformers", "rejects": tmp_path / "rejects.jsonl"}
+    asked = {"model": model, "work": bulk.Work("transformers"), "rejects": tmp_path / "rejects.jsonl"}
     with pytest.raises(ValueError, match="was not written by this command"):
         bulk.extract(documents, reports, **asked)
     begun = {"weights": export.read_settings(model).weights, "engine": "transformers", "first_line": "another"}

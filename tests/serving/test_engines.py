@@ -9,7 +9,7 @@ import torch
 
 from erlib.lm import models
 from erlib.lm.checkpoints import fingerprint
-from erlib.serving import batching, engines, export, speed
+from erlib.serving import batching, bulk, engines, export, speed
 from erlib.task import schema
 from erlib.task.forms import ask, parse_compact, to_compact
 
@@ -165,3 +165,16 @@ def test_vllm_is_named_only_where_it_can_run(folder):
         pytest.skip("there is a GPU")
     there = importlib.util.find_spec("openvino_genai") is not None
     assert engines.fastest(folder) == ("openvino" if there else "transformers")
+
+
+def test_ways_are_measured_in_turns_and_give_the_answers_of_generate(folder, engine, prompts, expected):
+    shared = bulk.Work("transformers", workers=2, batch_size=4)
+    measured = speed.measure_ways(
+        folder, prompts, names=["transformers"], opened={"transformers": engine}, shared=shared, max_new_tokens=40,
+        turns=1,
+    )  # fmt: skip
+    assert set(measured.answers) == {speed.NAIVE, "transformers", "transformers, 2 processes"}
+    assert {name: share.value for name, share in speed.same_answers(measured).items()} == dict.fromkeys(
+        measured.answers, 1.0
+    )
+    assert measured.answers["transformers, 2 processes"] == expected

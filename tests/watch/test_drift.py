@@ -23,33 +23,6 @@ def features(n, seed, *, shift=0.0):
     return {"words": rows, "characters": rows.sum(axis=1)}
 
 
-# -- dates --------------------------------------------------------------------------------------------------------
-
-
-def dated(*dates):
-    return [Document(id=f"d{place}", text="text", date=date) for place, date in enumerate(dates)]
-
-
-def test_dates_are_read_in_utc_where_none_is_said():
-    found = drift.require_dated(dated("2025-01-31", "2025-01-31T09:30:00Z", "2025-01-31T12:30:00+02:00"))
-    assert [date.isoformat() for date in found] == [
-        "2025-01-31T00:00:00+00:00", "2025-01-31T09:30:00+00:00", "2025-01-31T12:30:00+02:00"
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("dates", "message"),
-    [
-        (("2025-01-01", None), "'d1' .number 2. has the date None: every document"),
-        (("2025-01-01", "yesterday"), "'d1' .number 2. has the date 'yesterday'"),
-        (("2025-01-02", "2025-01-01"), "'d1' .number 2. of 2025-01-01 comes after 'd0' of 2025-01-02: sort the stream"),
-    ],
-)
-def test_a_stream_without_order_in_time_is_refused(dates, message):
-    with pytest.raises(ValueError, match=message):
-        drift.require_dated(dated(*dates))
-
-
 # -- features -----------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +123,17 @@ def test_bursts_break_the_test_of_single_rows_and_not_that_of_blocks():
     assert rejected[10] < 0.12
     with pytest.raises(ValueError, match="blocks of 7 rows do not divide"):
         drift.mmd_test(streams[0][:80], streams[0][80:], block=7, seed=0)
+
+
+def test_textbook_alarms_are_the_share_of_windows_whose_p_is_small():
+    rng = np.random.default_rng(7)
+    reference, stream = rng.normal(size=(60, 3)), rng.normal(size=(70, 3))
+    stream[20:40] += 2  # the second of three full windows; ten documents are left over
+    found = drift.textbook_alarms(reference, stream, window=20, rate=0.05, permutations=99, seed=0)
+    p = [drift.mmd_test(reference, stream[n : n + 20], permutations=99, seed=0).p for n in (0, 20, 40)]
+    assert found.value == pytest.approx(sum(each <= 0.05 for each in p) / 3)
+    assert p[1] == pytest.approx(0.01)
+    assert found.low < found.value < found.high
 
 
 def test_the_classifier_is_at_chance_without_a_change_and_near_one_after_a_large_one():
@@ -253,7 +237,7 @@ def test_a_planted_change_is_found_soon_and_no_change_is_not(monitors):
         found = {
             kind: drift.delays(
                 reference, features(800, 4000 + seed), drifted, thresholds,
-                window=20, windows=5, share=1.0, repetitions=20, seed=seed,
+                drift.Planting(window=20, windows=5, share=1.0, repetitions=20, seed=seed),
             ).groupby("repetition")["delay"].min()
             for kind, drifted in streams.items()
         }  # fmt: skip
@@ -272,6 +256,16 @@ def test_watch_takes_full_windows_in_order_and_counts_alarms():
     assert rates["value"].tolist() == pytest.approx([1 / 3, 1 / 3])
 
 
+def test_any_alarm_counts_the_windows_of_all_watches():
+    fast = drift.watch({"characters": np.arange(-10.0, 10.0)}, {"characters": np.repeat([0.0, 9.0], [20, 10])},
+                       pd.Series({"length, KS": 0.8}), window=10)  # fmt: skip
+    slow = fast[fast["window"] < 2]
+    assert drift.any_alarm(fast).value == pytest.approx(1 / 3)
+    both = drift.any_alarm(fast, slow)
+    assert both.value == pytest.approx(1 / 5)
+    assert both.low < both.value < both.high
+
+
 # -- planting -----------------------------------------------------------------------------------------------------
 
 
@@ -288,15 +282,42 @@ def test_a_delay_ends_with_the_window_that_fires():
     reference, calm, loud = ({"characters": np.full(40, value) + np.arange(40) / 100} for value in (0.0, 0.0, 9.0))
     found = drift.delays(
         reference, calm, loud, pd.Series({"length, KS": 0.99}),
-        window=10, windows=3, share=1.0, repetitions=200, seed=0,
+        drift.Planting(window=10, windows=3, share=1.0, repetitions=200, seed=0),
     )  # fmt: skip
     assert found["delay"].between(10, 20).all()  # the window of the change is never all changed, unless it starts there
     assert found["delay"].nunique() == 10
     missed = drift.delays(
         reference, calm, calm, pd.Series({"length, KS": 1.0}),
-        window=10, windows=3, share=1.0, repetitions=2, seed=0,
+        drift.Planting(window=10, windows=3, share=1.0, repetitions=2, seed=0),
     )  # fmt: skip
     assert np.isinf(missed["delay"]).all()
+
+
+def test_a_planted_stream_holds_the_documents_of_its_order():
+    background, drifted = {"characters": np.arange(30.0)}, {"characters": np.arange(100.0, 108.0)}
+    found = drift.planted(background, drifted, n=50, at=20, share=1.0, seed=0)
+    pool = np.concatenate([background["characters"], drifted["characters"]])
+    assert found.features["characters"].tolist() == pool[found.order].tolist()
+    assert found.order.tolist() == drift.plant(50, 30, 8, at=20, share=1.0, seed=0).tolist()
+
+
+def test_delays_of_reports_count_the_documents_that_the_policy_does_not_read():
+    values = {"calm": np.arange(40.0) / 100, "loud": 9 + np.arange(40.0) / 100}
+    inputs = {"check": {"characters": values["calm"]}, "louder": {"characters": values["loud"]}}
+    reports = {"check": {"reward": values["calm"]}, "louder": {"reward": values["loud"]}}
+    inputs["same"] = inputs["check"]
+    reference = inputs["check"] | reports["check"]
+    thresholds = pd.Series({"length, KS": 0.99, "reward, KS": 0.99})
+    found = drift.delays_of_changes(
+        reference, inputs, reports, thresholds, drift.Planting(window=10, windows=3, repetitions=5),
+        changes=("louder", "same"), thin=4,
+    )  # fmt: skip
+    delay = found[found["drift"] == "louder"].pivot(index="repetition", columns="detector", values="delay")
+    assert (delay["reward, KS"] == 4 * delay["length, KS"]).all()
+    assert (delay["any detector"] == delay["length, KS"]).all()
+    same = found[found["drift"] == "same"]
+    assert set(same["detector"]) == {"any detector", "length, KS"}  # nobody has read these
+    assert np.isinf(same["delay"]).all()
 
 
 def test_medians_take_missed_changes_for_infinitely_late():
@@ -307,3 +328,32 @@ def test_medians_take_missed_changes_for_infinitely_late():
     assert table["missed"].tolist() == pytest.approx([0.4, 2 / 3])
     assert (table["missed_low"] < table["missed"]).all() and (table["missed"] < table["missed_high"]).all()
     assert (table["low"] <= table["median"]).all()
+
+
+# -- a stream of one's own ----------------------------------------------------------------------------------------
+
+
+class Letters:
+    """An encoder without a model: how often each of some letters occurs."""
+
+    def encode(self, texts, **settings):
+        return np.array([[text.count(letter) for letter in "aeio"] for text in texts], dtype=np.float32)
+
+
+def posts(n, seed, *, letters="aeio", words=4):
+    rng = np.random.default_rng(seed)
+    drawn = ["".join(rng.choice(list(letters + "xyz"), size=rng.integers(words, 6 * words))) for _ in range(n)]
+    return [Document(id=f"{letters}-{seed}-{place}", text=text) for place, text in enumerate(drawn)]
+
+
+def test_a_stream_of_its_own_is_calibrated_on_its_quiet_part_and_alarms_where_it_changes():
+    watching = drift.Watching(window=20, reference_windows=3, story_block=5, draws=200, rate=0.05, seed=0)
+    quiet = {"fit": posts(200, 1), "calibrate": posts(400, 2), "check": posts(400, 3)}
+    changed = drift.watch_inputs(quiet | {"watched": posts(200, 4, letters="e")}, Letters(), watching)
+    same = drift.watch_inputs(quiet | {"watched": posts(200, 5)}, Letters(), watching)
+    assert drift.any_alarm(changed.watched).value == 1.0
+    assert drift.any_alarm(changed.checked).low <= 0.05
+    assert drift.any_alarm(same.watched).value < 0.5
+    assert changed.watched["end"].max() == 200 == len(changed.features["characters"])
+    assert len(changed.reference["characters"]) == 60
+    assert set(changed.watched["detector"]) == {n for n, group in drift.WATCHES.items() if group == "inputs"}

@@ -87,3 +87,19 @@ def test_no_ticket_without_an_alarm(alarm):
     reference, window, documents, fired = alarm
     with pytest.raises(ValueError, match="no detector fired"):
         tickets.ticket(reference, window, documents, fired.assign(fired=False), stream="posts")
+
+
+def test_the_first_alarm_after_a_change_opens_the_ticket():
+    reference = {"characters": np.arange(100.0)}
+    stream = {"characters": np.concatenate([np.full(10, 500.0), np.arange(0.0, 100, 10), np.full(20, 900.0)])}
+    documents = [Document(id=f"post-{n}", text="text", date=f"2025-03-{n % 28 + 1:02}") for n in range(40)]
+    documents.sort(key=lambda document: document.date)
+    watched = drift.watch(reference, stream, pd.Series({"length, KS": 0.9}), window=10)
+    assert watched["fired"].tolist() == [True, False, True, True]
+    first = tickets.first_ticket(reference, stream, documents, watched, stream="s")
+    assert first["from"]["id"] == documents[0].id and first["n_documents"] == 10
+    planted = tickets.first_ticket(
+        reference, stream, documents, watched, stream="s", after=15, dates=["2026-01-01"] * 10
+    )
+    assert planted["from"] == {"id": documents[20].id, "date": "2026-01-01"}
+    assert tickets.first_ticket(reference, stream, documents, watched[watched["window"] == 1], stream="s") is None
