@@ -22,8 +22,8 @@ class Called(NamedTuple):
 
     @property
     def summary(self) -> str:
-        """The first line of the docstring."""
-        return self.docstring.partition("\n")[0]
+        """The first sentences of the docstring, up to its first empty line."""
+        return " ".join(self.docstring.partition("\n\n")[0].split())
 
 
 def calls(cells: Sequence[str]) -> list[list[Called]]:

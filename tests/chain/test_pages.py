@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -71,7 +72,7 @@ def test_a_cell_lists_what_it_calls_in_erlib_with_its_docstring() -> None:
     assert [(each.name, each.module) for each in second] == [
         ("metrics.wilson", "erlib/task/metrics.py"), ("ask", "erlib/task/forms.py")
     ]  # fmt: skip
-    assert "Wilson" in second[0].summary
+    assert "Wilson" in second[0].summary and "\n" not in second[0].summary
     assert second[0].signature.startswith("wilson(")
     assert second[1].anchor == "erlib.task.forms.short_prompt"
     assert [(each.name, each.module) for each in third] == [
@@ -96,11 +97,12 @@ def test_durations_read_as_words(seconds: float, text: str) -> None:
 # -- rendered, and rendered again -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def project(chain: Path) -> Path:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One phase with prose, a call of erlib, and a check of each outcome, run once."""
-    for other in ("02_double", "03_total"):
-        (chain / f"notebooks/{other}.ipynb").unlink()
+    chain = tmp_path_factory.mktemp("project")
+    (chain / "notebooks").mkdir()
+    (chain / "tiny.yml").write_text("all:\n  seed: 3\n")
     write_notebook(
         chain / "notebooks/01_make.ipynb",
         'out = "x/01_make"\nseed = 0',
@@ -114,6 +116,12 @@ def project(chain: Path) -> Path:
     )
     assert go(chain)[0] == 0
     return chain
+
+
+@pytest.fixture
+def project(made: Path, tmp_path: Path) -> Path:
+    """A copy of `made`, to change."""
+    return shutil.copytree(made, tmp_path / "project", symlinks=True)
 
 
 def go(chain: Path) -> tuple[int, str]:
