@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -271,7 +272,8 @@ def _source(cells: Sequence[str], values: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def versions() -> dict[str, str]:
+@cache
+def versions() -> Mapping[str, str]:
     """Installed versions of Python and of every package that `constraints.txt` pins."""
     names = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8"), flags=re.MULTILINE)
     found = {"python": platform.python_version()}
@@ -280,7 +282,7 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue  # a pin for another platform
-    return found
+    return MappingProxyType(found)
 
 
 def folders(values: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -321,7 +323,7 @@ def dependencies(notebook: Path, values: Mapping[str, Any]) -> dict[str, Any]:
             "inputs": _inputs(values),
             "notebook": _hash("\n".join(meaning(cell) for cell in cells)),
             "source": _source(cells, values),
-            "versions": versions(),
+            "versions": dict(versions()),
         }
     except SyntaxError as error:
         raise RunError(f"{notebook}: a code cell or a module does not parse: {error}") from None

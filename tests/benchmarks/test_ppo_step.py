@@ -119,6 +119,7 @@ print(held["peak"] / 2**20)
     assert 195 <= float(ended.stdout) < 250
 
 
+@pytest.mark.slow
 def test_our_side_measures_a_toy_for_real(workload, tmp_path):
     subprocess.run(ppo_step.command("ours", tmp_path, tmp_path / "out.json"), check=True, capture_output=True)
     check_measured(tmp_path / "out.json", workload)

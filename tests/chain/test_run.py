@@ -289,9 +289,9 @@ def test_a_phase_reruns_for_what_can_change_its_outputs_and_for_nothing_else(pac
 
 def test_versions_count_where_the_package_computes(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, installed = keys(chain), manifest.versions()
-    monkeypatch.setattr(manifest, "versions", lambda: installed | {"matplotlib": "9", "jupyterlab": "9"})
+    monkeypatch.setattr(manifest, "versions", lambda: dict(installed) | {"matplotlib": "9", "jupyterlab": "9"})
     assert keys(chain) == before
-    monkeypatch.setattr(manifest, "versions", lambda: installed | {"torch": "9"})
+    monkeypatch.setattr(manifest, "versions", lambda: dict(installed) | {"torch": "9"})
     assert all(key != before[number] for number, key in keys(chain).items())
 
 
@@ -336,6 +336,7 @@ def test_rounds_repeat_their_phases_and_the_runner_fills_in_whose_folders_they_r
     assert jobs[-1].values["learn_dirs"] == []  # empty in the notebook: the user's to fill
 
 
+@pytest.mark.slow
 def test_rounds_hand_on_rerun_and_are_chosen_by_name(rounds: Path) -> None:
     with pytest.raises(RunError, match="round-1/07_learn reads `draw_dir`.*not complete"):
         go(rounds, only="7")
@@ -369,6 +370,7 @@ def test_rounds_hand_on_rerun_and_are_chosen_by_name(rounds: Path) -> None:
     assert reason == f"would run   input {changed} changed"  # also what only `learn_dirs` names is hashed
 
 
+@pytest.mark.slow
 def test_a_gate_in_a_round_stops_the_run_there_and_the_index_shows_each_round(rounds: Path) -> None:
     (rounds / "tiny.yml").write_text("rounds: 3\n07_learn:\n  most: 0\n")
     status, printed = go(rounds)
@@ -618,6 +620,7 @@ def test_killed_before_any_change_to_the_disk_a_phase_is_never_half_complete(
     assert read_manifest(out)["seed"] == 2 + instant
 
 
+@pytest.mark.slow
 def test_killed_at_random_instants_the_run_resumes_to_the_same_result(rounds: Path) -> None:
     undisturbed = rounds / "undisturbed"
     shutil.copytree(rounds, undisturbed, ignore=shutil.ignore_patterns("undisturbed"))
