@@ -1,7 +1,7 @@
 """The folder that leaves the project: weights, tokenizer, how to ask, 4-bit settings, and a model card.
 
 Plain transformers, vLLM and OpenVINO GenAI load it, each with a few lines that the card shows; `engines` does with what
-`erlib.json` says. `bulk` and `erlib serve` work on such folders.
+`erlib.json` says. `bulk` and `python -m erlib serve` work on such folders.
 """
 
 import importlib.util
