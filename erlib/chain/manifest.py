@@ -292,11 +292,17 @@ def folders(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _inputs(values: Mapping[str, Any]) -> dict[str, str]:
-    """Hash what the parameters point at: earlier phases' outputs (`folders`) and existing files or folders."""
+    """Hash what the parameters point at: earlier phases (`folders`) and existing files or folders.
+
+    Of a phase its outputs count, and what its manifest says: later phases read parameters, verdicts, and through them
+    the files that it read.
+    """
     found: dict[str, str] = {}
     for _, folder in folders(values):
-        outputs = (read_manifest(folder) or {}).get("outputs", {})
-        found |= {f"{shown(ROOT / folder)}/{file}": digest for file, digest in outputs.items()}
+        manifest = read_manifest(folder) or {}
+        found |= {f"{shown(ROOT / folder)}/{file}": digest for file, digest in manifest.get("outputs", {}).items()}
+        said = [manifest.get(part) for part in ("params", "inputs", "verdict")]
+        found[f"{shown(ROOT / folder)}/{MANIFEST}"] = _hash(json.dumps(said, sort_keys=True))
     for name, value in values.items():
         if name == "out" or name.endswith(("_dir", "_dirs")):
             continue
@@ -306,7 +312,7 @@ def _inputs(values: Mapping[str, Any]) -> dict[str, str]:
             path = ROOT / text
             if path.is_file():
                 found[shown(path)] = sha256(path)
-            elif "/" in text and path.is_dir():
+            elif path.is_dir():
                 found |= {f"{shown(path)}/{file}": digest for file, digest in hash_folder(path).items()}
     return found
 

@@ -165,6 +165,10 @@ def run(
     jobs = plan(params, notebooks.resolve(), folder)
     chosen = select(jobs, skip=skipped(params, [job.name for job in jobs]), first=first, only=only)
     refuse_missing(chosen)
+    for job in _read_as_they_are(jobs, chosen):
+        console.print(
+            f"{job.label} is read as it is, and would run again: {reason(job, past_gates=True)}", style="yellow"
+        )
     if dry_run:
         _dry_run(chosen, force, past_gates, console)
         return 0
@@ -177,6 +181,13 @@ def run(
         raise RunError(f"another run is at work in {shown(folder)}: wait for it or stop it") from None
     console.print(Text(_closing(chosen)), Text(shown(index)), sep="\n", soft_wrap=True)
     return EXIT[status]
+
+
+def _read_as_they_are(jobs: Sequence[Job], chosen: Sequence[Job]) -> list[Job]:
+    """The phases that the chosen ones read, that do not run now, and that are no longer up to date."""
+    running = {job.label for job in chosen}
+    read = {label for job in chosen for label in job.upstream} - running
+    return [job for job in jobs if job.label in read and reason(job, past_gates=True)]
 
 
 def _dry_run(jobs: list[Job], force: bool, past_gates: bool, console: Console) -> None:

@@ -46,7 +46,7 @@ def check(
     """Judge `value` against a target such as ">= 0.80" (`>= > <= < ==`); NaN is missed, no target informs only.
 
     `value` is a number, or a `metrics.Interval`, which brings `low` and `high` with it. An end of the interval that is
-    NaN or absent counts as unlimited on that side.
+    NaN counts as unlimited on that side, and so does one that is absent beside another.
 
     A missed target fails the phase if it is a `gate`, one without which the next phases are not worth running; else it
     is shown and the run goes on. Raises ValueError for a target that cannot be read.

@@ -1,4 +1,4 @@
-"""Which phase and round uses which documents: drawn from one shuffled order, recorded, and never given twice.
+"""Which phase and round uses which documents: drawn at random, recorded, and never given twice.
 
 1. `read`    what earlier phases have reserved, from the `reserved.jsonl` in their folders;
 2. `draw`    the next free documents of a pool, for one purpose;

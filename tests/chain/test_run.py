@@ -295,6 +295,28 @@ def test_versions_count_where_the_package_computes(chain: Path, monkeypatch: pyt
     assert all(key != before[number] for number, key in keys(chain).items())
 
 
+def test_what_an_earlier_phase_says_counts_for_those_that_read_it(chain: Path) -> None:
+    made = chain / "runs/tiny/01_make"
+    made.mkdir(parents=True)
+    said = {"outputs": {"x.txt": "0"}, "params": {"seed": 0}, "inputs": {"documents.jsonl": "1"}, "verdict": []}
+    manifest.write_manifest(made, said)
+    before = keys(chain)
+    manifest.write_manifest(made, said | {"seconds": 9, "finished": "later"})
+    assert keys(chain) == before
+    for change in ({"params": {"seed": 1}}, {"inputs": {"documents.jsonl": "2"}}, {"verdict": [{"check": "x"}]}):
+        manifest.write_manifest(made, said | change)
+        after = keys(chain)
+        assert [number for number in before if before[number] != after[number]] == ["02"], change
+
+
+def test_a_phase_that_is_read_as_it_is_although_it_would_run_again_is_named(chain: Path) -> None:
+    assert go(chain)[0] == 0
+    assert "as it is" not in go(chain, first="03")[1]
+    edit(chain / "notebooks/02_double.ipynb", "2 * part", "2.0 * part")
+    printed = go(chain, first="03", dry_run=True)[1]
+    assert "02_double is read as it is, and would run again: the notebook changed" in printed
+
+
 def test_a_file_named_by_a_parameter_is_an_input(chain: Path) -> None:
     file = chain / "documents.jsonl"
     file.write_text("{}\n")
