@@ -302,7 +302,7 @@ def _inputs(values: Mapping[str, Any]) -> dict[str, str]:
         manifest = read_manifest(folder) or {}
         found |= {f"{shown(ROOT / folder)}/{file}": digest for file, digest in manifest.get("outputs", {}).items()}
         said = [manifest.get(part) for part in ("params", "inputs", "verdict")]
-        found[f"{shown(ROOT / folder)}/{MANIFEST}"] = _hash(json.dumps(said, sort_keys=True))
+        found[f"{shown(ROOT / folder)}: parameters and verdict"] = _hash(json.dumps(said, sort_keys=True))
     for name, value in values.items():
         if name == "out" or name.endswith(("_dir", "_dirs")):
             continue
