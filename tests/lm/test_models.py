@@ -320,7 +320,7 @@ def test_the_engine_batches_concurrent_requests(model, tokenizer, monkeypatch):
 
     batches = []
     generate = models.generate
-    monkeypatch.setattr(models, "generate", lambda *a, **k: batches.append(len(a[2])) or generate(*a, **k))
+    monkeypatch.setattr(local, "generate", lambda *a, **k: batches.append(len(a[2])) or generate(*a, **k))
     engine = local.LocalEngine(model, tokenizer, wait_seconds=1.0)
     requests = [
         Request(model="local", messages=(Message.user(text),), system="Read.", config=Config(max_tokens=6))
