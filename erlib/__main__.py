@@ -1,5 +1,6 @@
 """The command line: `python -m erlib run params/default.yml`, `report`, `results`, `extract`, `serve`."""
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -170,12 +171,24 @@ def _bar(total: int) -> "Iterator[Callable[[bulk.Done], None]]":
         task = bar.add_task("rows", total=total, rate="opening the model")
         last: list[bulk.Done] = []
 
+        interrupted: list[int] = []
+
+        def interrupt(*_: object) -> None:
+            interrupted.append(1)
+            raise KeyboardInterrupt
+
         def show(done: "bulk.Done") -> None:
+            if interrupted:  # Python drops the exception where it meets a destructor or a callback of a library
+                raise KeyboardInterrupt
             rate = (done.reports + done.rejects) / (time.monotonic() - began) * 3600
             bar.update(task, completed=done.row, rate=f"{rate:,.0f} documents an hour")
             last[:] = [done]
 
-        yield show
+        before = signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield show
+        finally:
+            signal.signal(signal.SIGINT, before)
     done = last[0] if last else None
     console.print(
         f"{done.reports:,} reports and {done.rejects:,} rejects in {time.monotonic() - began:,.0f} s, "
