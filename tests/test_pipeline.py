@@ -67,7 +67,7 @@ pytestmark = pytest.mark.slow  # minutes
 def erlib(*arguments, runs, notebooks=ROOT / "notebooks"):
     command = [sys.executable, "-m", "erlib", "run", "params/smoke.yml", "--runs", str(runs)]
     command += ["--notebooks", str(notebooks), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3600)
 
 
 def doubled(cells):
