@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from erlib.judgements import agreement
 from erlib.judgements.store import Choice, Item, Judgement, State, Store, choice
-from erlib.task import evaluation, metrics, utility
+from erlib.task import evaluation, jsonl, metrics, utility
 from erlib.task.forms import short_prompt, to_compact
-from erlib.task.jsonl import numbered_rows, write_jsonl
+from erlib.task.jsonl import write_jsonl
 from erlib.task.schema import ASPECTS, Brief, Exemplar, Name, Report
 
 if TYPE_CHECKING:
@@ -301,7 +301,7 @@ def _preference(pair: "Pair", sampled: "Sampled", judged: pd.DataFrame) -> Prefe
 def read_preferences(path: str | Path, *, checkpoint: str) -> list[Preference]:
     """Read what phase 05 wrote; ValueError with file and line for a bad record, or one of another checkpoint."""
     found = []
-    for number, fields, reason in numbered_rows(path):
+    for number, fields, reason, _ in jsonl.rows(path):
         try:
             preference = Preference.model_validate(fields) if fields is not None else None
         except ValidationError as error:

@@ -20,9 +20,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from erlib.judgements.store import Judgement
-from erlib.task import metrics
+from erlib.task import jsonl, metrics
 from erlib.task.forms import to_compact
-from erlib.task.jsonl import numbered_rows
 from erlib.task.schema import ASPECTS, Document, Report
 
 if TYPE_CHECKING:
@@ -226,7 +225,7 @@ def read_votes(path: Path, queued: Mapping[str, Sequence[Comparison]]) -> list[V
         for place, comparison in enumerate(comparisons)
     }
     votes: dict[tuple[str, str], Vote] = {}
-    for number, row, unreadable in numbered_rows(path):
+    for number, row, unreadable, _ in jsonl.rows(path):
         try:
             judgement = Judgement.model_validate(row)
         except ValidationError as error:

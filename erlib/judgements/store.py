@@ -25,7 +25,7 @@ import pandas as pd
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from erlib.judgements import agreement
-from erlib.task.jsonl import numbered_rows
+from erlib.task import jsonl
 from erlib.task.schema import ASPECTS, Name
 
 Choice = Literal["A", "tie", "B"]  # what is preferred of two reports: the one definition of it
@@ -190,7 +190,7 @@ class Store:
         faults: list[str] = []
         seen: dict[tuple[str, str], int] = {}
         with self._transaction() as db:
-            for number, fields, reason in numbered_rows(path):
+            for number, fields, reason, _ in jsonl.rows(path):
                 try:
                     judgement = Judgement.model_validate(_sound(fields, reason))
                     first = seen.setdefault((judgement.annotator, judgement.pair_id), number)

@@ -117,19 +117,6 @@ def differences(
     return pd.DataFrame(rows, columns=["difference", "measure", "value", "low", "high"])
 
 
-def faults_per_document(evaluations: Mapping[str, Evaluation], *, brief: Brief) -> "pd.DataFrame":
-    """Mean number of faults per document by kind (`metrics.taxonomy`): one row per kind, one column per evaluation."""
-    import pandas as pd
-
-    found = {}
-    for name, evaluation in evaluations.items():
-        documents = [exemplar.document.text for exemplar in evaluation.exemplars]
-        gold = [exemplar.report for exemplar in evaluation.exemplars]
-        faults = metrics.taxonomy(documents, gold, evaluation.predicted, brief)
-        found[name] = faults["kind"].value_counts() / len(documents)
-    return pd.DataFrame(found).fillna(0)
-
-
 def same_reports(a: Sequence[Parsed], b: Sequence[Parsed]) -> metrics.Interval:
     """Share of documents for which two lists of answers hold the same report, with its Wilson interval."""
     same = sum(one.report == other.report for one, other in zip(a, b, strict=True))

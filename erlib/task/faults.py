@@ -21,6 +21,15 @@ def found(evaluation: Evaluation, brief: Brief) -> pd.DataFrame:
     return table.assign(fault=table["item"] + ", " + table["kind"])
 
 
+def per_document(evaluations: Mapping[str, Evaluation], *, brief: Brief) -> pd.DataFrame:
+    """Mean number of faults per document by kind of `metrics.taxonomy`: one row per kind, one column per evaluation."""
+    shares = {
+        name: found(evaluation, brief)["kind"].value_counts() / len(evaluation.exemplars)
+        for name, evaluation in evaluations.items()
+    }
+    return pd.DataFrame(shares).fillna(0)
+
+
 def rates(evaluations: Mapping[str, Evaluation], *, brief: Brief, seed: int) -> pd.DataFrame:
     """Faults per document by kind, 95 % intervals over documents: columns name, measure (the kind), value, low, high.
 
@@ -30,7 +39,7 @@ def rates(evaluations: Mapping[str, Evaluation], *, brief: Brief, seed: int) -> 
     rows = []
     for name, table in tables.items():
         for fault in _by_frequency(tables):
-            counts = _per_document(table, fault, len(evaluations[name].exemplars))
+            counts = _counts(table, fault, len(evaluations[name].exemplars))
             rows.append((name, fault, *metrics.bootstrap_mean(counts, seed=seed)))
     return pd.DataFrame(rows, columns=["name", "measure", "value", "low", "high"])
 
@@ -52,7 +61,7 @@ def inherited(
         row = {f"of the {teacher}": len(made[teacher])}
         for name in students:
             row[f"repeated by {name}"] = metrics.wilson(len(made[teacher] & made[name]), len(made[teacher])).value
-        counts = {name: _per_document(tables[name], fault, n) for name in (first, last)}
+        counts = {name: _counts(tables[name], fault, n) for name in (first, last)}
         change = metrics.paired_bootstrap_mean(counts[last], counts[first], seed=seed)
         row[f"{last} minus {first}, per document"] = change.value
         rows[fault] = row | {"low": change.low, "high": change.high}
@@ -64,7 +73,7 @@ def _by_frequency(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     return list(pd.concat(tables.values())["fault"].value_counts().index)
 
 
-def _per_document(table: pd.DataFrame, fault: str, n: int) -> np.ndarray:
+def _counts(table: pd.DataFrame, fault: str, n: int) -> np.ndarray:
     """How often each of n documents has a fault, (n,)."""
     return np.bincount(table.loc[table["fault"] == fault, "document"].astype(int), minlength=n)
 

@@ -23,7 +23,7 @@ class Row(NamedTuple):
     raw: str = ""
 
 
-def rows(path: Path) -> Iterator[Row]:
+def rows(path: str | Path) -> Iterator[Row]:
     """Read one JSON object per line, one at a time; a row that is none says why."""
     # In binary: text mode and splitlines() also end lines at characters that JSON allows inside strings.
     with open(path, "rb") as file:
@@ -76,17 +76,11 @@ def _no_constant(name: str) -> None:
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """Read one JSON object per line; raises `ValueError` naming file, line and fault of the first bad line."""
     objects = []
-    for row in rows(Path(path)):
+    for row in rows(path):
         if row.fields is None:
             raise ValueError(f"{path}:{row.number}: {row.reason}")
         objects.append(row.fields)
     return objects
-
-
-def numbered_rows(path: str | Path) -> Iterator[tuple[int, Mapping[str, Any] | None, str]]:
-    """Read JSONL that may be bad: line number, object or None, and the fault of each line that is not blank."""
-    for row in rows(Path(path)):
-        yield row.number, row.fields, row.reason
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any] | BaseModel]) -> None:

@@ -96,12 +96,6 @@ def test_differences_are_paired_and_have_the_sign_of_the_first():
     assert table[["value", "low", "high"]].to_numpy().tolist() == [[1.0] * 3] * 2 + [[-1.0] * 3] * 2
 
 
-def test_faults_are_counted_per_document_by_kind():
-    table = evaluation.faults_per_document(two_systems(), brief=BRIEF)
-    assert table.loc["missed", "silent"] == 3.0  # two firms and a relationship in each document
-    assert table["perfect"].sum() == 0
-
-
 def test_the_share_of_documents_with_the_same_report_ignores_defects():
     same = evaluation.same_reports(WRITTEN, [parse_compact(text) for text in (RIGHT, "none", "none", "B|firm")])
     assert same.value == 0.75 and same.low < 0.75 < same.high

@@ -52,6 +52,12 @@ def test_faults_are_named_by_what_is_wrong_with_what(systems):
     assert found[["document", "fault"]].to_numpy().tolist() == [[0, "relationship, missed"], [1, "entity, irrelevant"]]
 
 
+def test_faults_are_counted_per_document_by_kind(systems):
+    table = faults.per_document(systems, brief=BRIEF)
+    assert table.loc["missed"].to_dict() == {"frontier": 1.0, "SFT": 0.5, "policy": 0.0}
+    assert table.loc["irrelevant"].to_dict() == {"frontier": 0.0, "SFT": 0.5, "policy": 0.0}
+
+
 def test_rates_are_means_per_document_and_the_most_frequent_kind_comes_first(systems):
     table = faults.rates(systems, brief=BRIEF, seed=0)
     assert list(dict.fromkeys(table["measure"])) == ["relationship, missed", "entity, irrelevant"]
