@@ -64,3 +64,21 @@ def chain(tmp_path: Path) -> Path:
     )
     (tmp_path / "tiny.yml").write_text("all:\n  seed: 3\n")
     return tmp_path
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Start loopback endpoints: `serve(respond)` gives a `servers.Server`."""
+    from servers import Server
+
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    running = []
+
+    def start(respond):
+        running.append(Server(respond))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.shutdown()
+        server.server_close()

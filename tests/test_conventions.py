@@ -1,7 +1,10 @@
 """What notebooks, modules, params files and packaging keep to, so that a reader finds the same shape everywhere."""
 
 import ast
+import dataclasses
 import graphlib
+import importlib
+import inspect
 import json
 import re
 import subprocess
@@ -16,6 +19,8 @@ from packaging.utils import canonicalize_name
 
 from erlib.chain.manifest import COMPUTING, PACKAGE, ROOT, folders, parameters
 from erlib.chain.plan import check_params, discover, rounds, skipped
+from erlib.reports import teacher
+from erlib.reports.meter import Limits
 
 # A folder imports only the folders before it; `plots` turns DataFrames into figures and knows no other module.
 FOLDERS = [
@@ -101,7 +106,71 @@ def test_every_parameter_is_used(notebook: Path) -> None:
     body = "\n".join(plain(cell["source"]) for cell in code_cells(notebook)[1:])
     used = {node.id for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Name)} | {"out", "allow_download"}
     used |= {"seed"} if "phase.seed" in body else set()
+    if "teacher.connection(phase.params)" in body:
+        used |= set(re.findall(r"params\[\"(\w+)\"\]", inspect.getsource(teacher.connection)))
     assert parameters(notebook).keys() <= used
+
+
+# Settings of functions that notebooks call and that no notebook sets, and why it does not.
+UNSET = {
+    "level, samples": "intervals are of 95 % everywhere, from resamples enough for two digits",
+    "stop, form, by, column": "one form of report holds for the whole recipe",
+    "device": "found by itself",
+    "temperature, seed, n, limit, after, dates, expected, seconds": "set where another than the usual is meant",
+    "output_tokens": "an expectation, shown before the first request; the budget rests on the worst case",
+    "batch_size": "of what is done once on few rows; the result does not depend on it",
+    "allow_download, quantisation, compute_dtype, threads, block, wait_seconds": "how, not what; no matter of scale",
+}
+WORLD = ("world.", "benchmarks.")  # the embedded world is as it is, so that results can be compared
+
+
+def settings_passed() -> dict[str, tuple[inspect.Signature, set[str]]]:
+    """The erlib functions that notebooks call: signature, and the names of the arguments that any notebook gives."""
+    found: dict[str, tuple[inspect.Signature, set[str]]] = {}
+    for notebook in NOTEBOOKS:
+        tree = ast.parse("\n".join(plain(cell["source"]) for cell in code_cells(notebook)))
+        known = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("erlib"):
+                for alias in node.names:
+                    module = importlib.import_module(node.module)
+                    whole = f"{node.module}.{alias.name}"
+                    known[alias.name] = getattr(module, alias.name, None) or importlib.import_module(whole)
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            function = known.get(node.func.id) if isinstance(node.func, ast.Name) else None
+            if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
+                function = getattr(known.get(node.func.value.id), node.func.attr, None)
+            if not callable(function) or not function.__module__.startswith("erlib."):
+                continue
+            name = f"{function.__module__.removeprefix('erlib.')}.{function.__qualname__}"
+            signature, given = found.setdefault(name, (inspect.signature(function), set()))
+            given.update(list(signature.parameters)[: len(node.args)])
+            given.update(keyword.arg for keyword in node.keywords if keyword.arg)
+    return found
+
+
+def test_every_setting_of_what_a_notebook_calls_can_be_set_by_params() -> None:
+    known = {name for names in UNSET for name in names.split(", ")}
+    unset = {
+        f"{name}({setting.name})"
+        for name, (signature, given) in settings_passed().items()
+        for setting in signature.parameters.values()
+        if isinstance(setting.default, int | float | str | tuple) and setting.name not in given | known
+        if not name.startswith((*WORLD, "plots.", "chain."))
+    }
+    assert not unset
+
+
+def test_every_setting_of_the_connection_is_a_parameter_of_the_phases_that_connect() -> None:
+    read = set(re.findall(r"params\[\"(\w+)\"\]", inspect.getsource(teacher.connection)))
+    for name in ("01_prompts", "02_corpus"):
+        assert read <= parameters(ROOT / "notebooks" / f"{name}.ipynb").keys()
+    source = inspect.getsource(teacher.connection)
+    fields = [field.name for part in (Limits, teacher.Connection) for field in dataclasses.fields(part)]
+    left = [name for name in fields if not re.search(rf"\b{name}=", source)]
+    assert left == ["backoff"]  # the pauses grow by themselves
 
 
 def bound(cell: dict) -> set[str]:

@@ -3,17 +3,22 @@
 One template serves prompting, training and serving: `ReportAdapter` makes the messages wherever an LM is asked.
 """
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import TYPE_CHECKING
 
 import dspy
 from dspy.utils.exceptions import AdapterParseError, LMUnexpectedError
 
-from erlib.reports.prompts import Form, Template, as_sent
+from erlib.reports.endpoint import Unanswered
+from erlib.reports.meter import Limits
+from erlib.reports.prompts import Form, Template, as_sent, enclosed
 from erlib.task.evaluation import Evaluation, evaluated, refuse_overlap
 from erlib.task.forms import ask, flatten, parse_compact, parse_json, short_prompt, to_compact, to_json
-from erlib.task.schema import Brief, Document, Exemplar, Parsed, Report
+from erlib.task.schema import Brief, Defect, Document, Exemplar, Parsed, Report
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,8 +55,9 @@ class ReportAdapter(dspy.Adapter):
     def _messages(self, text: str, shown: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
         messages = [{"role": "system", "content": self.system}]
         for document, report in shown:
-            messages += [{"role": "user", "content": ask(document)}, {"role": "assistant", "content": report}]
-        return [*messages, {"role": "user", "content": ask(text)}]
+            question = {"role": "user", "content": ask(enclosed(document))}
+            messages += [question, {"role": "assistant", "content": report}]
+        return [*messages, {"role": "user", "content": ask(enclosed(text))}]
 
     def format(self, signature: type[dspy.Signature], demos: list, inputs: dict) -> list[dict[str, str]]:
         """DSPy's entrance to `messages`; demos are examples with the fields `document` and `report`."""
@@ -70,6 +76,12 @@ def example(exemplar: Exemplar, adapter: ReportAdapter) -> dspy.Example:
 
 # -- asking -------------------------------------------------------------------------------------------------------
 
+GRACE = 3.0  # seconds that requests which are sent get to be answered and stored after an interruption
+
+
+class TooManyUnanswered(RuntimeError):
+    """More documents stay without an answer than the limit allows; the message has the first reasons."""
+
 
 def extract(
     lm: dspy.LM,
@@ -83,12 +95,19 @@ def extract(
 ) -> list[Parsed]:
     """Ask an LM for the report of every document, `threads` at a time; the result keeps the order of the documents.
 
-    The first error cancels what has not started and is raised as the engine raised it.
+    A document that stays unanswered has an empty report and one defect with the reason (see `readable`). Raises
+    `TooManyUnanswered` where that happens to more than one of them and to a larger share than the LM's `Limits` allow.
+    Any other error cancels what has not started and is raised as the engine raised it.
     """
     adapter = ReportAdapter(template, form)
     program = predictor([example(demo, adapter) for demo in demos])
     texts = [document.text for document in documents]
     return predict(program, lm, adapter, texts, threads=threads, brief=brief)
+
+
+def readable(parsed: Parsed) -> bool:
+    """Whether an answer is a report, if only in part or an empty one: there is one, and something of it can be read."""
+    return parsed.valid or bool(parsed.report.entities)
 
 
 def predictor(demos: Sequence[dspy.Example] = ()) -> dspy.Predict:
@@ -108,6 +127,7 @@ def predict(
     brief: Brief | None = None,
 ) -> list[Parsed]:
     """Run a DSPy program over texts; see `extract`."""
+    unanswered: list[str] = []
 
     def ask(text: str) -> Parsed:
         # DSPy keeps every message of every call by default: 10,000 long prompts in memory, unread.
@@ -117,16 +137,68 @@ def predict(
             except AdapterParseError:  # an empty answer never reaches `parse`
                 answer = ""
             except LMUnexpectedError as error:  # DSPy's wrapping of an engine's own exception
-                raise error.__cause__ or error from None
+                if not isinstance(error.__cause__, Unanswered):
+                    raise error.__cause__ or error from None
+                reason = f"{error.__cause__.reason}: {error.__cause__}"
+                unanswered.append(reason)
+                refuse_too_many(unanswered, len(texts), lm)
+                return Parsed(Report(), (Defect("unparsable", reason),))
         return adapter.read(answer, document=text, brief=brief)
 
-    with ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(ask, text) for text in texts]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    return _in_threads(ask, texts, threads, interrupt=getattr(lm.engine, "interrupt", lambda: None))
+
+
+def refuse_too_many(reasons: Sequence[str], asked: int, lm: dspy.LM) -> None:
+    """Raise `TooManyUnanswered` where more than one document, and a larger share than allowed, got no answer."""
+    share = getattr(lm.engine, "limits", Limits()).max_unanswered_share
+    if len(reasons) <= max(1, int(share * asked)):
+        return
+    kinds = Counter(reason.partition(":")[0] for reason in reasons)
+    counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+    first = "\n".join(dict.fromkeys(reasons[:3]))
+    raise TooManyUnanswered(
+        f"{len(reasons)} of {asked} documents got no answer that can be read ({counts}), more than "
+        f"max_unanswered_share={share} of them. The first:\n{first}\nWhat was answered is kept: fix the cause, or "
+        "raise `max_unanswered_share`, and run again."
+    )
+
+
+def _in_threads(
+    work: Callable[[str], Parsed], texts: Sequence[str], threads: int, *, interrupt: Callable[[], None]
+) -> list[Parsed]:
+    """Do the work for every text, some at a time; the first error or an interruption leaves the rest undone.
+
+    The threads are daemons: one that waits for a server must not keep an interrupted program from ending.
+    """
+    futures: list[Future[Parsed]] = [Future() for _ in texts]
+    waiting = deque(zip(texts, futures, strict=True))
+
+    def run() -> None:
+        while True:
+            try:
+                text, future = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                future.set_result(work(text))
+            except BaseException as error:  # whoever waits for the result raises it
+                future.set_exception(error)
+
+    workers = [threading.Thread(target=run, daemon=True) for _ in range(min(threads, len(texts)))]
+    for worker in workers:
+        worker.start()
+    try:
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+        return [future.result() for future in futures]
+    except BaseException:
+        waiting.clear()
+        interrupt()
+        deadline = time.monotonic() + GRACE
+        for worker in workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
+        raise
 
 
 def evaluate(

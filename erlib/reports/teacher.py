@@ -1,66 +1,57 @@
-"""The frontier LM behind DSPy: concurrency limit, retries, response cache, budget, and reports that resume.
+"""The frontier LM as a teacher: how it is connected, what its reports would cost, and the reports.
 
-`connect` gives an ordinary `dspy.LM`. Its engine is a `Meter` around the engine that does the work: the simulated
-frontier, or DSPy's own client of an OpenAI-compatible endpoint, which reads the API key from the environment
-(`OPENAI_API_KEY`). Nothing here sees, stores or logs the key.
-
-1. An answer that was ever paid for is on disk before anyone uses it, and is never paid for twice.
-2. A request is sent only if its worst case still fits the budget, beside the worst case of all requests under way.
-3. Rate limits, server errors, timeouts and unreadable bodies are tried again with growing pauses; refusals are not.
+`connect` gives an ordinary `dspy.LM`. Its engine is a `Meter` (cache, budget, pace, retries) around the engine that
+does the work: the simulated frontier, or an `Endpoint`, which reads the API key from the environment.
 """
 
-import hashlib
-import json
-import math
-import random
-import sqlite3
-import threading
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from erlib.reports import extraction, prompts
+from erlib.reports.endpoint import Endpoint
+from erlib.reports.meter import Budget, Engine, Limits, Meter, Usage, estimated_tokens
 from erlib.task import evaluation
 from erlib.task.schema import Brief, Document, Exemplar, Parsed
 
 if TYPE_CHECKING:
     import dspy
-    from dspy.lm15 import Request, Response
-
-_PER_MESSAGE = 8  # tokens that a chat format adds around a message, at most
-_CHARACTERS_A_TOKEN = 4  # English text, for the estimate only; the budget uses the bound of one token a byte
-_LONGEST_PAUSE = 60.0  # seconds
 
 
-class Engine(Protocol):
-    """Whatever answers one canonical DSPy request."""
+@dataclass(frozen=True)
+class Connection:
+    """How a frontier LM is asked."""
 
-    def complete(self, request: "Request") -> "Response": ...
+    api_base: str = ""  # URL of an OpenAI-compatible endpoint; empty: OpenAI's
+    max_tokens: int = 1024  # longest answer
+    temperature: float = 0.0  # the likeliest answer: reports are to be right, not varied
+    structured: bool = False  # whether the endpoint is asked to keep to the JSON schema of a report
+    budget: Budget = field(default_factory=Budget)
+    limits: Limits = field(default_factory=Limits)
 
 
-class BudgetExceeded(RuntimeError):
-    """The next request could exceed the budget; everything paid for so far is in the cache."""
+_USUAL = Connection()
 
 
-@dataclass
-class Usage:
-    """Totals of one connection; tokens and dollars count what was bought by it, not what the cache gave."""
-
-    requests: int = 0
-    cached: int = 0
-    retries: int = 0
-    empty: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    usd: float = 0.0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.requests:,} requests sent, {self.cached:,} answers from the cache, {self.retries:,} tried again, "
-            f"{self.empty:,} empty; {self.input_tokens:,} tokens in, {self.output_tokens:,} out: ${self.usd:.2f}"
-        )
+def connection(params: Mapping[str, Any]) -> Connection:
+    """The connection that a phase's parameters ask for (01 and 02 have them all)."""
+    limits = Limits(
+        concurrency=params["threads"],
+        timeout=params["timeout"],
+        attempts=params["attempts"],
+        requests_per_minute=params["requests_per_minute"],
+        tokens_per_minute=params["tokens_per_minute"],
+        max_unanswered_share=params["max_unanswered_share"],
+    )
+    return Connection(
+        api_base=params["api_base"],
+        max_tokens=params["frontier_max_tokens"],
+        temperature=params["frontier_temperature"],
+        structured=params["structured"],
+        budget=Budget(params["budget_usd"], params["price_in"], params["price_out"]),
+        limits=limits,
+    )
 
 
 class Estimate(NamedTuple):
@@ -74,58 +65,28 @@ class Estimate(NamedTuple):
     usd_at_worst: float
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What a connection may spend; prices are dollars for a million tokens."""
-
-    usd: float = math.inf  # for everything recorded in the cache: a resumed run does not get a second budget
-    price_in: float = 0.0  # of prompts; 0 only where nothing is paid
-    price_out: float = 0.0  # of completions
-
-    def __post_init__(self) -> None:
-        if self.usd < math.inf and not (self.price_in > 0 and self.price_out > 0):
-            raise ValueError("a budget needs price_in and price_out above 0, in dollars for a million tokens")
-
-    def price(self, input_tokens: int, output_tokens: int) -> float:
-        """Dollars for so many tokens."""
-        return (input_tokens * self.price_in + output_tokens * self.price_out) / 1e6
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How a server is treated that is busy, slow or out of order."""
-
-    concurrency: int = 16  # requests under way at once: most endpoints allow that many
-    timeout: float = 120.0  # seconds for an answer; a long report takes a busy server a minute
-    attempts: int = 6  # of one request, before its fault is raised: half a minute of pauses in all
-    backoff: float = 1.0  # seconds of the first pause; each further one is twice as long, with jitter
-
-
 def connect(
     model: str,
     *,
     engine: Engine | None = None,
-    api_base: str | None = None,
     cache_dir: Path | None,
-    budget: Budget = Budget(),
-    limits: Limits = Limits(),
-    max_tokens: int = 1024,
-    temperature: float = 0.0,
+    connection: Connection = _USUAL,
 ) -> "dspy.LM":
-    """Connect to a frontier LM: an engine of its own, or an OpenAI-compatible endpoint at `api_base`.
+    """Connect to a frontier LM: an engine of its own, or an OpenAI-compatible endpoint's model of that name.
 
-    The cache's key holds `model` and `api_base`, but no engine's code or weights: for one that costs nothing, give
-    `cache_dir=None`, and answers are kept in memory only. A pause that the server asks for goes before `limits`.
+    The cache's key holds the model's name, the endpoint's URL and the settings, but no engine's code or weights: for
+    one that costs nothing, give `cache_dir=None`, and answers are kept in memory only.
     """
     import dspy
-    from dspy.lm15 import LMRouter, RouterConfig, Timeouts
 
-    if engine is None:
-        urls = {"openai-chat": api_base} if api_base else None
-        engine = _Endpoint(LMRouter(RouterConfig(base_urls=urls, timeouts=Timeouts(read=limits.timeout))))
-    meter = Meter(engine, source=f"{model} {api_base or ''}", cache_dir=cache_dir, budget=budget, limits=limits)
-    # DSPy's own cache is a pickle keyed by the model's name, and its retries would not see the budget.
-    return dspy.LM(model, engine=meter, cache=False, num_retries=0, max_tokens=max_tokens, temperature=temperature)
+    schema = prompts.schema_of_reports() if connection.structured else None
+    source = f"{model} {connection.api_base}" + (f" {prompts.schema_digest(schema)}" if schema else "")
+    engine = engine or Endpoint(model, connection.api_base, timeout=connection.limits.timeout, schema=schema)
+    meter = Meter(engine, source=source, cache_dir=cache_dir, budget=connection.budget, limits=connection.limits)
+    settings = {"max_tokens": connection.max_tokens, "temperature": connection.temperature}
+    # DSPy's own cache is a pickle keyed by the model's name, and its retries would not see the budget. It gets a name
+    # that it does not know, because it has rules of its own for the settings of models that it knows.
+    return dspy.LM("frontier", engine=meter, cache=False, num_retries=0, **settings)
 
 
 def usage(lm: "dspy.LM") -> Usage:
@@ -133,171 +94,12 @@ def usage(lm: "dspy.LM") -> Usage:
     return replace(lm.engine.usage)
 
 
-class _Endpoint:
-    """Sends every request to the chat-completions door of DSPy's router, whatever the model is called."""
-
-    def __init__(self, router: Engine):
-        self._router = router
-
-    def complete(self, request: "Request") -> "Response":
-        return self._router.complete(replace(request, model=f"openai-chat:{request.model}"))
-
-
-class Meter:
-    """A DSPy engine around another: cache, budget, concurrency limit, retries and totals. Safe to call from threads."""
-
-    def __init__(self, engine: Engine, *, source: str, cache_dir: Path | None, budget: Budget, limits: Limits):
-        self.usage, self.budget = Usage(), budget
-        self._engine, self._source, self._limits = engine, source, limits
-        self._cache = _Cache(cache_dir)
-        self._slots = threading.BoundedSemaphore(limits.concurrency)
-        self._funds = threading.Condition()
-        self._spent = self._cache.spent()
-        self._reserved: dict[int, float] = {}  # one entry per request under way: its worst case in dollars
-
-    def complete(self, request: "Request") -> "Response":
-        """Answer from the cache, or buy the answer and store it."""
-        from dspy.lm15 import Message, Response
-        from dspy.lm15 import Usage as Reported
-
-        key = self.key(request)
-        if (answer := self._cache.get(key)) is None:
-            answer = self._buy(request, key)
-        else:
-            with self._funds:
-                self.usage.cached += 1
-        text, finish_reason = answer
-        # An empty text would end as an error inside DSPy, far from here; a blank one is read as an unparsable answer.
-        message = Message.assistant(text or " ")
-        return Response(id=None, model=request.model, message=message, finish_reason=finish_reason, usage=Reported())
-
-    def key(self, request: "Request") -> str:
-        """Content hash of a request: source, system text, messages and settings."""
-        messages = [(message.role, message.text) for message in request.messages]
-        content = [self._source, request.system, messages, asdict(request.config)]
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-    def holds(self, request: "Request") -> bool:
-        """Whether the cache holds the answer to a request."""
-        return self._cache.get(self.key(request)) is not None
-
-    def _buy(self, request: "Request", key: str) -> tuple[str, str]:
-        with self._slots:
-            ticket = self._reserve(request)
-            try:
-                response = self._attempt(request, key)
-                text = response.text or ""
-                bought = response.usage
-                spent_in = _estimated(_length(request)) if bought.input_tokens is None else bought.input_tokens
-                spent_out = _estimated(len(text)) if bought.output_tokens is None else bought.output_tokens
-                usd = self.budget.price(spent_in, spent_out)
-                self._cache.put(key, text, response.finish_reason, spent_in, spent_out, usd)
-            except BaseException:
-                self._settle(ticket, 0.0)
-                raise
-            self._settle(ticket, usd)
-        with self._funds:
-            self.usage.requests += 1
-            self.usage.empty += not text.strip()
-            self.usage.input_tokens += spent_in
-            self.usage.output_tokens += spent_out
-            self.usage.usd += usd
-        return text, response.finish_reason
-
-    def _reserve(self, request: "Request") -> int:
-        """Set the worst case of a request aside, waiting for requests under way to settle; raises BudgetExceeded."""
-        worst = self.worst_case(request)
-        with self._funds:
-            while self._spent + sum(self._reserved.values()) + worst > self.budget.usd:
-                if not self._reserved:
-                    raise BudgetExceeded(
-                        f"the budget of ${self.budget.usd:.2f} is used up: ${self._spent:.4f} spent, and the next "
-                        f"request may cost up to ${worst:.4f}. All answers so far are kept: raise `budget_usd` and "
-                        "run again."
-                    )
-                self._funds.wait()
-            ticket = threading.get_ident()
-            self._reserved[ticket] = worst
-        return ticket
-
-    def worst_case(self, request: "Request") -> float:
-        """Upper bound of a request's price in dollars: one token a byte in, `max_tokens` out."""
-        size = len((request.system or "").encode()) + sum(len((m.text or "").encode()) for m in request.messages)
-        return self.budget.price(size + _PER_MESSAGE * (len(request.messages) + 1), request.config.max_tokens)
-
-    def _settle(self, ticket: int, usd: float) -> None:
-        with self._funds:
-            del self._reserved[ticket]
-            self._spent += usd
-            self._funds.notify_all()
-
-    def _attempt(self, request: "Request", key: str) -> "Response":
-        jitter = random.Random(key)
-        for attempt in range(1, self._limits.attempts + 1):
-            try:
-                return self._engine.complete(request)
-            except Exception as error:
-                if attempt == self._limits.attempts or not _transient(error):
-                    raise
-                pause = self._limits.backoff * 2 ** (attempt - 1) * jitter.uniform(0.5, 1.5)
-                asked = getattr(error, "retry_after", None)
-            with self._funds:
-                self.usage.retries += 1
-            # The slot stays taken during the pause: a server that is overloaded gets fewer requests, not others.
-            time.sleep(min(_LONGEST_PAUSE, pause if asked is None else max(asked, 0.0)))
-        raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-def _transient(error: Exception) -> bool:
-    """Whether trying again may help: rate limit, server error, timeout, broken connection, unreadable body."""
-    from dspy.lm15 import ProviderError, RateLimitError, ServerError, TimeoutError, TransportError
-
-    if isinstance(error, RateLimitError | ServerError | TimeoutError | TransportError):
-        return True
-    return isinstance(error, ProviderError) and error.status == 200  # success that is not JSON: a broken gateway
-
-
-def _length(request: "Request") -> int:
-    return len(request.system or "") + sum(len(message.text or "") for message in request.messages)
-
-
-def _estimated(characters: int) -> int:
-    return math.ceil(characters / _CHARACTERS_A_TOKEN)
-
-
-class _Cache:
-    """Answers on disk by content hash, in SQLite: an answer is committed before `put` returns, and survives a kill."""
-
-    def __init__(self, folder: Path | None):
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        file = ":memory:" if folder is None else folder / "responses.sqlite"
-        self._lock = threading.Lock()
-        self._db = sqlite3.connect(file, check_same_thread=False, isolation_level=None, timeout=30.0)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
-        self._db.execute(
-            "CREATE TABLE IF NOT EXISTS responses (key TEXT PRIMARY KEY, text TEXT NOT NULL, "
-            "finish_reason TEXT NOT NULL, input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, "
-            "usd REAL NOT NULL)"
-        )
-
-    def get(self, key: str) -> tuple[str, str] | None:
-        """Text and finish reason of a stored answer."""
-        with self._lock:
-            return self._db.execute("SELECT text, finish_reason FROM responses WHERE key = ?", (key,)).fetchone()
-
-    def put(self, key: str, text: str, finish_reason: str, input_tokens: int, output_tokens: int, usd: float) -> None:
-        with self._lock:
-            self._db.execute(
-                "INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?)",
-                (key, text, finish_reason, input_tokens, output_tokens, usd),
-            )
-
-    def spent(self) -> float:
-        """Dollars paid for everything that is stored."""
-        with self._lock:
-            return self._db.execute("SELECT COALESCE(SUM(usd), 0.0) FROM responses").fetchone()[0]
+def account(lm: "dspy.LM") -> str:
+    """What a connection has used so far, and what its endpoint was not sent because it refused it."""
+    adapted = str(getattr(lm.engine.engine, "dialect", ""))
+    return f"{lm.engine.usage}" + (
+        f"\nnot as the params have it, because the endpoint refuses that: {adapted}" if adapted else ""
+    )
 
 
 # -- reports of a corpus ------------------------------------------------------------------------------------------
@@ -321,11 +123,19 @@ def estimate(
     bodies = [{"model": lm.model, "messages": adapter.messages(d.text, demos), **settings} for d in documents]
     requests = [request_from_openai_chat(body) for body in bodies]
     new = [request for request in requests if not meter.holds(request)]
-    tokens_in = sum(_estimated(_length(request)) for request in new)
+    tokens_in = sum(estimated_tokens(request) for request in new)
     tokens_out = output_tokens * len(new)
     worst = sum(meter.worst_case(request) for request in new)
     usd = meter.budget.price(tokens_in, tokens_out)
     return Estimate(len(new), len(requests) - len(new), tokens_in, tokens_out, usd, worst)
+
+
+class Written(NamedTuple):
+    """The documents that got a report, their reports in the same order, and one row for each document that got none."""
+
+    documents: list[Document]
+    reports: list[Parsed]
+    rejects: list[dict[str, str]]  # id, reason, row: the start of the document
 
 
 def write_reports(
@@ -338,11 +148,21 @@ def write_reports(
     form: prompts.Form = "json",
     brief: Brief | None = None,
     threads: int = 16,
-) -> list[Parsed]:
+) -> Written:
     """Have the frontier write the report of every document, and write them to `path` (`evaluation.write_predictions`).
 
-    Resumes through the response cache: after a kill or a spent budget, the same call asks only for what is missing.
+    A document that the frontier refuses, or answers with nothing that can be read, is a reject. Raises
+    `extraction.TooManyUnanswered` where their share is above the limit of the connection. Resumes through the response
+    cache: after a kill or a spent budget, the same call asks only for what is missing.
     """
     parsed = extraction.extract(lm, documents, template=template, demos=demos, form=form, threads=threads, brief=brief)
-    evaluation.write_predictions(path, documents, parsed)
-    return parsed
+    answered = [(document, each) for document, each in zip(documents, parsed, strict=True) if extraction.readable(each)]
+    rejects = [
+        {"id": document.id, "reason": each.defects[0].detail, "row": document.text[:300]}
+        for document, each in zip(documents, parsed, strict=True)
+        if not extraction.readable(each)
+    ]
+    extraction.refuse_too_many([reject["reason"] for reject in rejects], len(documents), lm)
+    written = Written([document for document, _ in answered], [each for _, each in answered], rejects)
+    evaluation.write_predictions(path, written.documents, written.reports)
+    return written

@@ -11,9 +11,9 @@ them. Numbers that come from it are labelled as simulated wherever they show.
 """
 
 import functools
-import math
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
@@ -27,6 +27,8 @@ from erlib.world.stream import Sample
 if TYPE_CHECKING:
     import dspy
     from dspy.lm15 import Request, Response
+
+    from erlib.reports.teacher import Connection
 
 LABEL = "simulated frontier"
 
@@ -146,11 +148,7 @@ def connect_frontier(
     brief: Brief,
     *,
     cache_dir: Path,
-    api_base: str = "",
-    budget_usd: float = math.inf,
-    price_in: float = 0.0,
-    price_out: float = 0.0,
-    threads: int = 16,
+    connection: "Connection",
 ) -> "dspy.LM":
     """Connect to the frontier LM of the params: the one simulated on `samples`, or an endpoint's model of that name.
 
@@ -158,11 +156,10 @@ def connect_frontier(
     """
     from erlib.reports import teacher
 
-    limits = teacher.Limits(concurrency=threads)
-    if name == "simulated":
-        return teacher.connect(name, engine=Frontier(samples, brief), cache_dir=None, limits=limits)
-    budget = teacher.Budget(budget_usd, price_in, price_out)
-    return teacher.connect(name, api_base=api_base or None, cache_dir=cache_dir, budget=budget, limits=limits)
+    if name != "simulated":
+        return teacher.connect(name, cache_dir=cache_dir, connection=connection)
+    free = replace(connection, budget=teacher.Budget())
+    return teacher.connect(name, engine=Frontier(samples, brief), cache_dir=None, connection=free)
 
 
 class _Draft:
