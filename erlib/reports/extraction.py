@@ -8,12 +8,12 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import dspy
 from dspy.utils.exceptions import AdapterParseError, LMUnexpectedError
 
-from erlib.reports.endpoint import Unanswered
+from erlib.reports.endpoint import Reason, Unanswered
 from erlib.reports.meter import Limits
 from erlib.reports.prompts import Form, Template, as_sent, enclosed
 from erlib.task.evaluation import Evaluation, evaluated, refuse_overlap
@@ -108,6 +108,12 @@ def extract(
 def readable(parsed: Parsed) -> bool:
     """Whether an answer is a report, if only in part or an empty one: there is one, and something of it can be read."""
     return parsed.valid or bool(parsed.report.entities)
+
+
+def reason(parsed: Parsed) -> str:
+    """Why an answer is not `readable`, its kind first: why none came, or the start of what cannot be read."""
+    detail = parsed.defects[0].detail
+    return detail if detail.startswith(get_args(Reason)) else f"unreadable: {detail[:300]}"
 
 
 def predictor(demos: Sequence[dspy.Example] = ()) -> dspy.Predict:

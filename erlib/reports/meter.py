@@ -171,6 +171,7 @@ class Meter:
         self._source, self.limits = source, limits
         self._cache = _Cache(cache_dir)
         self._pace = Pace(limits)
+        self._thinks = False  # an answer was cut off before it began: the next ones get more room from the start
         self._funds = threading.Condition()
         self._spent = self._cache.spent()
         self._reserved: dict[int, float] = {}  # one entry per request under way: its worst case in dollars
@@ -226,12 +227,16 @@ class Meter:
     def _buy(self, request: "Request", key: str) -> tuple[str, str]:
         """Buy an answer, once more with more room where it is cut off: text and finish reason."""
         room = request.config.max_tokens
+        roomy = replace(request, config=replace(request.config, max_tokens=room and _MORE_ROOM * room))
         self._pace.enter(estimated_tokens(request) + (room or 0))
         try:
-            response = self._attempts(request, key, last=room is None)
-            if response.finish_reason == "length" and room is not None:
-                roomy = replace(request, config=replace(request.config, max_tokens=_MORE_ROOM * room))
+            if room is None or self._thinks:
                 response = self._attempts(roomy, key, last=True)
+            else:
+                response = self._attempts(request, key, last=False)
+                if response.finish_reason == "length":
+                    self._thinks = self._thinks or not (response.text or "").strip()
+                    response = self._attempts(roomy, key, last=True)
             return response.text, response.finish_reason
         finally:
             self._pace.leave()

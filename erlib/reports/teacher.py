@@ -158,7 +158,7 @@ def write_reports(
     parsed = extraction.extract(lm, documents, template=template, demos=demos, form=form, threads=threads, brief=brief)
     answered = [(document, each) for document, each in zip(documents, parsed, strict=True) if extraction.readable(each)]
     rejects = [
-        {"id": document.id, "reason": each.defects[0].detail, "row": document.text[:300]}
+        {"id": document.id, "reason": extraction.reason(each), "row": document.text[:300]}
         for document, each in zip(documents, parsed, strict=True)
         if not extraction.readable(each)
     ]

@@ -132,6 +132,14 @@ def test_an_answer_that_is_cut_off_is_asked_for_once_more_with_more_room(tmp_pat
         again.complete(request("Belum is hiring."))
 
 
+def test_a_model_that_thinks_before_it_answers_gets_more_room_from_then_on():
+    engine = Scripted(response(" ", "length"))
+    asked = meter(engine)
+    for name in ("Ardox", "Belum"):
+        assert name in asked.complete(request(f"{name} is hiring.")).text
+    assert [each.config.max_tokens for each in engine.requests] == [50, 200, 200]
+
+
 def test_an_answer_that_stays_cut_off_is_unanswered_and_never_bought_again(tmp_path):
     engine = Scripted(response("{", "length"), response('{"ent', "length"))
     for _ in range(2):

@@ -155,7 +155,7 @@ def test_a_document_that_is_refused_is_a_reject_and_the_others_are_reports(serve
     [
         (answer('{"entities": [', finish="length"), "cut off"),
         (answer(""), "no answer"),
-        (answer("I am afraid I see no firms."), "I am afraid"),
+        (answer("I am afraid I see no firms."), "unreadable: I am afraid"),
         ((400, {}, {"error": "maximum context length is 4096 tokens"}), "too long"),
         ((500, {}, {"error": "boom"}), "no answer: 500"),
     ],

@@ -210,6 +210,23 @@ def test_the_error_of_one_bin_by_hand():
     assert found == pytest.approx(confidence - 0.6)
 
 
+def test_noise_in_few_pairs_is_no_evidence_of_bad_calibration():
+    """Of 400 pairs, calibrated models are never shown to miss a target of .10, and overconfident ones are."""
+    honest = [fidelity.calibration_interval(sampled(400, seed=seed), samples=300) for seed in range(8)]
+    assert all(found.low < 0.03 and found.low <= found.value <= found.high for found in honest)
+    assert all(found.high < 0.10 for found in honest)
+    off = [fidelity.calibration_interval(sampled(400, stretch=8, seed=seed), samples=300) for seed in range(4)]
+    assert all(found.low > 0.10 for found in off)
+
+
+def test_the_interval_of_the_calibration_error_is_over_documents():
+    one = sampled(400)
+    copies = pd.concat([one] * 4, ignore_index=True)  # four pairs a document that say the same
+    alone, together = (fidelity.calibration_interval(table, samples=300) for table in (one, copies))
+    assert together.value == pytest.approx(alone.value, abs=0.01)
+    assert together.high - together.low == pytest.approx(alone.high - alone.low, rel=0.3)
+
+
 # -- agreement and diagnosis ----------------------------------------------------------------------------------------
 
 
