@@ -305,7 +305,7 @@ def test_the_pins_fit_the_ranges_and_belong_to_no_machine() -> None:
 
 
 def test_every_dependency_either_computes_and_is_in_the_key_or_is_known_not_to() -> None:
-    otherwise = set("filelock ipykernel jupyterlab matplotlib nbconvert papermill psutil rich typer".split())
+    otherwise = set("filelock httpx ipykernel jupyterlab matplotlib nbconvert papermill psutil rich typer".split())
     computing = {canonicalize_name(name) for name in COMPUTING}
     assert {Requirement(text).name for text in PYPROJECT["project"]["dependencies"]} - otherwise <= computing
     assert computing - {"python"} <= PINS.keys()

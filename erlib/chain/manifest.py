@@ -33,32 +33,14 @@ SHOWING = {
     *(f"chain/{name}.py" for name in ("calls", "pages", "plan", "results", "runner", "tables")),
 }
 # The packages whose version can change an output, as `constraints.txt` spells them; all versions stand in the manifest.
-COMPUTING = {
-    *(
-        "accelerate",
-        "annoy",
-        "bitsandbytes",
-        "datasets",
-        "dspy",
-        "dspy-ai",
-        "huggingface_hub",
-        "json_repair",
-        "litellm",
-    ),
-    *(
-        "nervaluate",
-        "networkx",
-        "numpy",
-        "openvino",
-        "openvino-genai",
-        "openvino-tokenizers",
-        "pandas",
-        "patsy",
-        "peft",
-    ),
-    *("pyarrow", "pydantic", "pydantic_core", "python", "PyYAML", "RapidFuzz", "regex", "safetensors", "scikit-learn"),
-    *("scipy", "sentence-transformers", "statsmodels", "tokenizers", "torch", "transformers", "trl"),
-}
+COMPUTING = set(
+    (
+        "accelerate annoy bitsandbytes datasets dspy dspy-ai huggingface_hub json_repair litellm nervaluate networkx "
+        "numpy openvino openvino-genai openvino-tokenizers pandas patsy peft pyarrow pydantic pydantic_core python "
+        "PyYAML RapidFuzz regex safetensors scikit-learn scipy sentence-transformers statsmodels tokenizers torch "
+        "transformers trl"
+    ).split()
+)
 
 
 class RunError(Exception):

@@ -23,9 +23,33 @@ _STRAY_JOINER = re.compile("[\u200c\u200d](?<![\u0600-\u1fff\u2600-\ufefe\U00010
 # Only with a semicolon: "?a=1&copy=2" in a URL is no copyright sign.
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
 _HIDDEN = re.compile(r"<(script|style)\b[^<>]*>.*?</\1\s*>|<!--.*?-->", re.IGNORECASE | re.DOTALL)
-_BREAK = re.compile(r"</?(?:br|p|div|li|ul|ol|tr|table|blockquote|h[1-6])(?:\s[^<>]*)?/?>", re.IGNORECASE)
-# Any other tag, and the marks that tokenizers read as special tokens: </s>, <pad>, <|endoftext|>, [INST].
-_TAG = re.compile(r"</?[a-zA-Z][\w:-]*(?:\s[^<>]*)?/?>|<[|\uff5c][^<>]{1,60}[|\uff5c]>|\[/?INST\]")
+# Tags are those of HTML, with attributes that are written as attributes: "revenue <guidance, cost >plan" and
+# "<b and c>" are comparisons, "<joel@example.org>" is an address.
+_ELEMENTS = (
+    "a abbr acronym address applet area article aside audio b base basefont bdi bdo big blink blockquote body br "
+    "button canvas caption center cite code col colgroup data datalist dd del details dfn dialog dir div dl dt em "
+    "embed fieldset figcaption figure font footer form frame frameset h1 h2 h3 h4 h5 h6 head header hgroup hr "
+    "html i iframe img input ins kbd label legend li link main map mark marquee math menu meta meter nav nobr "
+    "noframes noscript object ol optgroup option output p param path picture pre progress q rp rt ruby s samp "
+    "script search section select slot small source span strike strong style sub summary sup svg table tbody td "
+    "template textarea tfoot th thead time title tr track tt u ul var video wbr xmp o:p"
+)
+_FLAGS = (
+    "allowfullscreen|async|autofocus|autoplay|checked|controls|default|defer|disabled|hidden|loop|multiple|muted|"
+    "nowrap|open|readonly|required|selected"
+)
+_VALUE = r"""(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>]+)"""
+_ATTRIBUTE = rf"\s+(?:[\w:@.-]+\s*=\s*{_VALUE}|(?:{_FLAGS})(?![\w-]))"
+_BREAK = re.compile(rf"</?(?:br|p|div|li|ul|ol|tr|table|blockquote|h[1-6])(?:{_ATTRIBUTE})*\s*/?>", re.IGNORECASE)
+_TAG = re.compile(
+    rf"</?(?:{'|'.join(_ELEMENTS.split())})(?:{_ATTRIBUTE})*\s*/?>|<!doctype[^<>]*>|<\?xml[^<>]*>", re.IGNORECASE
+)
+# What tokenizers read as special tokens: </s>, <pad>, <|endoftext|>, [INST].
+_SPECIAL = re.compile(
+    r"</?(?:s|pad|unk|bos|eos|mask|cls|sep|(?:start|end)_of_(?:turn|text|image))>|<[|\uff5c][^<>]{1,60}[|\uff5c]>"
+    r"|\[/?INST\]",
+    re.IGNORECASE,
+)
 
 
 def clean(text: str) -> str:
@@ -44,7 +68,7 @@ def clean(text: str) -> str:
 def _clean_once(text: str) -> str:
     text = _INVISIBLE.sub("", _LINE_END.sub("\n", text))
     text = _ENTITY.sub(lambda match: html.unescape(match[0]), _STRAY_JOINER.sub("", text))
-    text = _TAG.sub("", _BREAK.sub("\n", _HIDDEN.sub(" ", text)))
+    text = _SPECIAL.sub("", _TAG.sub("", _BREAK.sub("\n", _HIDDEN.sub(" ", text))))
     return "\n".join(words for line in text.split("\n") if (words := " ".join(line.split())))
 
 

@@ -4,7 +4,6 @@ A new file format is one more generator of rows in `_rows`. Nothing is dropped w
 becomes a document or a line of `rejects` that says why.
 """
 
-import csv
 import json
 import re
 from collections import Counter
@@ -15,8 +14,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from erlib.documents.corpus import clean
+from erlib.documents.delimited import csv_rows, missing_column
 from erlib.task.jsonl import BadRow, Row, read_jsonl, rows
 from erlib.task.schema import Brief, Document, Exemplar
+
+SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
 class TooManyRejects(ValueError):
@@ -44,7 +46,7 @@ def read_documents(
     reasons: list[str] = []
     first_with: dict[str, tuple[int, str]] = {}
     with open(rejects, "w", encoding="ascii") as file:  # json.dumps escapes the rest: a row may hold anything
-        for row in _rows(source):
+        for row in _rows(source, text_column, id_column):
             if len(documents) == limit:
                 break
             try:
@@ -59,7 +61,7 @@ def read_documents(
     if read == 0:
         raise ValueError(f"{name}: holds no documents")
     if len(reasons) > max_reject_share * read:
-        kinds = Counter(re.sub(r"(?<=id )'.*'|\d[\d,]*", "…", reason) for reason in reasons)
+        kinds = Counter(re.sub(r"(?<=id )'.*'|(?<![\w-])\d[\d,]*", "…", reason) for reason in reasons)
         common = "; ".join(f"{n} × {kind}" for kind, n in kinds.most_common(3))
         raise TooManyRejects(
             f"{name}: {len(reasons)} of {read} rows were rejected, more than max_reject_share={max_reject_share}. Most "
@@ -74,57 +76,64 @@ def _shown(row: Row) -> str:
     return (row.raw or repr(dict(row.fields or {})))[:300]
 
 
-def _rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[Row]:
+def _rows(source: str | Path | Iterable[Mapping[str, Any]], text_column: str, id_column: str) -> Iterator[Row]:
     if not isinstance(source, str | Path):
         return (Row(number, fields) for number, fields in enumerate(source, start=1))
     if str(source).startswith("hf:"):
         return _dataset_rows(str(source))
     path = Path(source)
-    readers = {".jsonl": rows, ".ndjson": rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    if path.suffix.lower() not in readers:
-        raise ValueError(f"{path}: documents are read from {', '.join(readers)} or hf:NAME[:SPLIT]")
+    kind = path.suffix.lower()
+    if kind not in SUFFIXES:
+        raise ValueError(f"{path}: documents are read from {', '.join(SUFFIXES)} or hf:NAME[:SPLIT]")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of documents")
-    return readers[path.suffix.lower()](path)
+    if kind in (".jsonl", ".ndjson"):
+        return rows(path)
+    if kind == ".parquet":
+        return _parquet_rows(path, text_column, id_column)
+    return csv_rows(path, text_column=text_column, id_column=id_column)
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        header = reader.fieldnames or []
-        if len(set(header)) < len(header):
-            raise ValueError(f"{path}:1: the header names a column twice: {header}")
-        while True:
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:  # such as a field of more than 131,072 characters; the next line is read afresh
-                yield Row(reader.reader.line_num, None, f"not CSV: {error}")
-                continue
-            yield Row(reader.line_num, fields, _csv_fault(fields))
-
-
-def _csv_fault(fields: dict[str | None, Any]) -> str:
-    if None in fields:
-        return "more fields than the header"
-    if any(value and re.search("[\udc80-\udcff]", value) for value in fields.values()):
-        return "not UTF-8; save the file as UTF-8"
-    return ""
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path, text_column: str, id_column: str) -> Iterator[Row]:
+    """Read the columns that make a document, and no other: what nobody reads may hold anything."""
     import pyarrow.lib
     import pyarrow.parquet
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1_000):
-            for fields in batch.to_pylist():
+        file = pyarrow.parquet.ParquetFile(path)
+        known = file.schema_arrow.names
+        if text_column not in known:
+            raise ValueError(missing_column(str(path), text_column, known))
+        wanted = [name for name in dict.fromkeys((text_column, id_column, *_OPTIONAL)) if name in known]
+        for batch in file.iter_batches(batch_size=1_000, columns=wanted):
+            columns = [_values(batch.column(name)) for name in batch.schema.names]
+            for values in zip(*columns, strict=True):
                 number += 1
-                yield Row(number, fields)
-    except pyarrow.lib.ArrowException as error:
+                fields = dict(zip(batch.schema.names, values, strict=True))
+                faults = [f"{name!r} cannot be read: {value}" for name, value in fields.items() if _is_fault(value)]
+                yield Row(number, None, faults[0]) if faults else Row(number, fields)
+    except (pyarrow.lib.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a Parquet file that can be read, after {number} rows: {error}") from error
+
+
+def _is_fault(value: Any) -> bool:
+    return isinstance(value, Exception)
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of an Arrow column; in place of one that cannot be converted, such as the year 10000, its error."""
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError, TypeError):
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError, TypeError) as error:
+        return error
 
 
 def _dataset_rows(name: str) -> Iterator[Row]:
@@ -146,12 +155,22 @@ def _document(row: Row, text_column: str, id_column: str, max_chars: int) -> Doc
         raise BadRow(f"{text_column!r} is {'empty' if _missing(text) else type(text).__name__}, not text")
     if len(text) > max_chars:  # checked before cleaning, which may be slow on hostile text
         raise BadRow(f"text of {len(text):,} characters, more than max_chars={max_chars:,}")
-    if not _missing(given) and (isinstance(given, bool) or not isinstance(given, str | int)):
-        raise BadRow(f"{id_column!r} is {type(given).__name__}, neither text nor a whole number")
-    text, identifier = clean(text), f"row-{row.number}" if _missing(given) else clean(str(given))
-    if not text or not identifier:
-        raise BadRow(f"{id_column if text else text_column!r} is empty after cleaning")
+    text, identifier = clean(text), _identifier(given, row.number, id_column)
+    if not text:
+        raise BadRow(f"{text_column!r} is empty after cleaning")
     return Document(id=identifier, text=text, **{key: _optional(row.fields.get(key)) for key in _OPTIONAL})
+
+
+def _identifier(given: Any, number: int, id_column: str) -> str:
+    """The id of a row: what is given, as text, or the row's number where nothing is."""
+    if _missing(given):
+        return f"row-{number}"
+    if isinstance(given, bool) or not isinstance(given, str | int):
+        raise BadRow(f"{id_column!r} is {type(given).__name__}, neither text nor a whole number")
+    identifier = clean(str(given))
+    if not identifier:
+        raise BadRow(f"{id_column!r} is empty after cleaning")
+    return identifier
 
 
 _OPTIONAL = ("date", "source", "group")
@@ -190,7 +209,7 @@ def numbered_documents(
     Yields row number, document or None, why there is none, and the start of a bad row. Unlike `read_documents` it
     remembers nothing: an id may come again.
     """
-    for row in _rows(path):
+    for row in _rows(path, text_column, id_column):
         if row.number <= after:
             continue
         try:
@@ -246,6 +265,9 @@ def _exemplar(row: Row) -> Exemplar:
         fields = {"split": fields.pop("split", None), "report": report, "document": fields}
         if "entities" not in report:
             raise BadRow("no key 'entities'; a document with nothing to find has an empty list")
+    if isinstance(fields["document"], Mapping):
+        given = fields["document"].get("id")
+        fields["document"] = {**fields["document"], "id": _identifier(given, row.number, "id")}
     return Exemplar.model_validate(_cleaned(Exemplar.model_validate(fields).model_dump()))
 
 

@@ -16,8 +16,9 @@ from dspy.utils.exceptions import AdapterParseError, LMUnexpectedError
 from erlib.reports.endpoint import Reason, Unanswered
 from erlib.reports.meter import Limits
 from erlib.reports.prompts import Form, Template, as_sent, enclosed
+from erlib.task.answers import parse_json
 from erlib.task.evaluation import Evaluation, evaluated, refuse_overlap
-from erlib.task.forms import ask, flatten, parse_compact, parse_json, short_prompt, to_compact, to_json
+from erlib.task.forms import ask, flatten, parse_compact, short_prompt, to_compact, to_json
 from erlib.task.schema import Brief, Defect, Document, Exemplar, Parsed, Report
 
 if TYPE_CHECKING:

@@ -67,12 +67,13 @@ def extract(
 ) -> Done:
     """Extract from every document of a file into `reports` (JSONL), in input order; bad rows go to `rejects`.
 
-    The same call after a kill goes on where it was. Raises ValueError where `reports` was begun with another input,
-    model or engine, and RuntimeError where another process writes it.
+    The same call after a kill goes on where it was, also when the input has grown. Raises ValueError where `reports`
+    was begun with another input, model, engine, brief or columns, or `rejects` belongs to other reports, and
+    RuntimeError where another process writes them.
     """
     try:
         with FileLock(reports.with_name(f".{reports.name}.lock"), timeout=0):
-            _check_same(documents, reports, model=model, engine=work.engine)
+            _check_begun(documents, reports, rejects, model=model, work=work, columns=columns, brief=brief)
             last = _resume(reports, rejects)
             rows = files.numbered_documents(documents, **asdict(columns), after=last)
             done = Done(last, 0, 0)
@@ -110,21 +111,64 @@ def _append(file: Any, rows: list[dict[str, Any]]) -> None:
     os.fsync(file.fileno())
 
 
-def _check_same(documents: Path, reports: Path, *, model: Path, engine: str) -> None:
-    """Refuse to go on with another input, model or engine than the one that `reports` was begun with."""
+def _check_begun(
+    documents: Path, reports: Path, rejects: Path, *, model: Path, work: Work, columns: Columns, brief: Brief | None
+) -> None:
+    """Refuse to go on with another input, model, engine, brief or columns than both files were begun with."""
     from erlib.serving.export import read_settings
 
-    with open(documents, "rb") as file:
-        head = hashlib.sha256(file.readline(1 << 20)).hexdigest()
-    present = {"weights": read_settings(model).weights, "engine": engine, "first_line": head}
-    record = reports.with_name(f".{reports.name}.begun")
-    if reports.exists() and reports.stat().st_size and record.is_file():
-        begun = json.loads(record.read_text(encoding="utf-8"))
-        if changed := [name for name in present if present[name] != begun[name]]:
-            raise ValueError(f"{reports} was begun with another {changed[0]}: move it away or name another file")
-    elif reports.exists() and reports.stat().st_size:
-        raise ValueError(f"{reports} exists and was not written by this command: move it away or name another file")
-    write_text(record, json.dumps(present) + "\n")
+    asked = {
+        "input": documents.name,
+        "weights": read_settings(model).weights,
+        "engine": work.engine,
+        "columns": asdict(columns),
+        "brief": hashlib.sha256(brief.model_dump_json().encode()).hexdigest() if brief else "",
+    }
+    present = asked | _Input.of(documents)._asdict()
+    _check_same(reports.with_name(f".{reports.name}.begun"), present, reports, grows=documents)
+    _check_same(rejects.with_name(f".{rejects.name}.begun"), {"reports": str(reports.resolve())}, rejects)
+
+
+def _check_same(begun: Path, present: dict[str, Any], what: Path, *, grows: Path | None = None) -> None:
+    """Refuse to go on with `what` where the record `begun` says that it was begun otherwise; else write the record.
+
+    `grows` is the input whose size and hash the record holds: rows may have come to its end since.
+    """
+    before = json.loads(begun.read_text(encoding="utf-8")) if begun.is_file() else None
+    written = what.exists() and what.stat().st_size > 0
+    if written and before is None:
+        raise ValueError(f"{what} exists and was not written by this command: move it away or name another file")
+    if before and (written or grows is None):
+        then = present
+        if grows and before.get("whole_lines") and before["bytes"] < present["bytes"]:
+            then = present | _Input.of(grows, upto=before["bytes"])._asdict()
+        changed = [name for name in present if name != "input" and before.get(name) != then[name]]
+        if changed:
+            name = "input" if changed[0] in _Input._fields else changed[0]
+            raise ValueError(
+                f"{what} was begun with another {name}: {before.get(name)!r}, and now {present[name]!r}. Write to "
+                "another file, or move this one away"
+            )
+    write_text(begun, json.dumps(present) + "\n")
+
+
+class _Input(NamedTuple):
+    """What identifies an input file: its content. A first line does not: exports of two days share their header."""
+
+    bytes: int
+    sha256: str
+    whole_lines: bool  # whether it can grow: its last line has an end
+
+    @classmethod
+    def of(cls, path: Path, *, upto: int | None = None) -> "_Input":
+        """Read a file, or its first bytes."""
+        digest, left, last = hashlib.sha256(), path.stat().st_size if upto is None else upto, b""
+        size = left
+        with open(path, "rb") as file:
+            while piece := file.read(min(left, 1 << 20)):
+                digest.update(piece)
+                left, last = left - len(piece), piece[-1:]
+        return cls(size - left, digest.hexdigest(), last == b"\n" and path.suffix.lower() != ".parquet")
 
 
 def _resume(reports: Path, rejects: Path) -> int:
@@ -138,17 +182,24 @@ def _resume(reports: Path, rejects: Path) -> int:
 
 
 def _complete_lines(path: Path, *, keep: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file up to the first that is cut off or not to be kept, and cut the file there."""
+    """Yield the rows of a file up to the first that is not to be kept, and cut the file there.
+
+    A last line that a kill cut off goes too. Raises ValueError for any other line that this command did not write.
+    """
     if not path.exists():
         return
-    end = 0
+    end, size = 0, path.stat().st_size
     with open(path, "rb+") as file:
-        for line in file:
+        for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line) if line.endswith(b"\n") else None
             except ValueError:
                 row = None
-            if row is None or not keep(row):
+            if not isinstance(row, dict) or not isinstance(row.get("line"), int):
+                if end + len(line) < size:
+                    raise ValueError(f"{path}:{number}: this command did not write that line; nothing was changed")
+                break
+            if not keep(row):
                 break
             end += len(line)
             yield row

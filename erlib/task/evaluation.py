@@ -127,7 +127,8 @@ def item_counts(predicted: Sequence[Parsed]) -> "pd.DataFrame":
     """Number of entities, relationships and defects in each answer: one row per answer, in order."""
     import pandas as pd
 
-    rows = [(len(p.report.entities), len(p.report.relationships), len(p.defects)) for p in predicted]
+    faults = [sum(defect.kind != "repaired" for defect in p.defects) for p in predicted]
+    rows = [(len(p.report.entities), len(p.report.relationships), n) for p, n in zip(predicted, faults, strict=True)]
     return pd.DataFrame(rows, columns=["entities", "relationships", "defects"])
 
 

@@ -6,16 +6,14 @@ A report is written as JSON (frontier LM, files) or in a compact line form (loca
     >relationship|Target         one line per relationship, below the entity it starts from
     none                         the report of a document with nothing to find
 
-Both forms round-trip without loss. `parse_compact` and `parse_json` are total: any text gives a report and the list of
-its defects, because model output is untrusted.
+Both forms round-trip without loss. `parse_compact` and `answers.parse_json` are total: any text gives a report and the
+list of its defects, because model output is untrusted.
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from erlib.task.schema import Brief, Defect, Entity, Parsed, Relationship, Report
 
@@ -98,81 +96,6 @@ def parse_compact(text: str, *, brief: Brief | None = None, document: str | None
 def to_json(report: Report) -> str:
     """Write a report as one line of JSON, in the order and with the keys of the schema."""
     return json.dumps(report.model_dump(), ensure_ascii=False, separators=(", ", ": "))
-
-
-_KEYS = ("entities", "relationships")
-_OPENING = re.compile(r'\{\s*"(?:entities|relationships)"\s*:')
-_BETWEEN_ITEMS = re.compile(r"\s*,?\s*")
-
-
-def parse_json(text: str, *, brief: Brief | None = None, document: str | None = None) -> Parsed:
-    """Read any text as a JSON report: the first object that opens with a key of the schema counts.
-
-    Code fences and chatter around it are skipped. Of broken JSON (cut off by a token limit, say) the complete items are
-    kept and the text is listed as unparsable.
-    """
-    opening = _OPENING.search(text)
-    body = text[opening.start() :] if opening else text
-    unparsable: list[str] = []
-    try:
-        found, _ = _DECODER.raw_decode(body) if opening else ({}, 0)
-        if "entities" not in found:
-            unparsable.append(body)
-        unparsable += [_dump({key: value}) for key, value in found.items() if key not in _KEYS]
-    except (ValueError, RecursionError):
-        found = {key: _complete_items(body, key) for key in _KEYS}
-        unparsable.append(body)
-    entities = _rows(found, "entities", Entity, ("name", "type", "summary"), unparsable)
-    relationships = _rows(found, "relationships", Relationship, ("source", "type", "target"), unparsable)
-    return collect(entities, relationships, unparsable, brief=brief, document=document)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse an object that says a key twice: Python would keep the last value without a word."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("duplicate key")
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
-
-
-def _complete_items(body: str, key: str) -> list[Any]:
-    """The items of the list under `key` that can be read before the text breaks off or turns wrong."""
-    items: list[Any] = []
-    opening = re.search(rf'"{key}"\s*:\s*\[\s*', body)
-    position = opening.end() if opening else len(body)
-    while position < len(body):
-        try:
-            item, position = _DECODER.raw_decode(body, position)
-        except (ValueError, RecursionError):
-            break
-        items.append(item)
-        position = _BETWEEN_ITEMS.match(body, position).end()
-    return items
-
-
-def _rows(
-    found: dict[str, Any], key: str, record: type[BaseModel], columns: tuple[str, str, str], unparsable: list[str]
-) -> list[tuple[str, str, str]]:
-    """Read the items under `key` as rows; what is not a `record` goes to `unparsable`."""
-    rows = []
-    items = found.get(key, [])
-    for item in items if isinstance(items, list) else [items]:
-        try:
-            fields = record.model_validate(item)
-            rows.append(tuple(getattr(fields, column) for column in columns))
-        except ValidationError:
-            unparsable.append(_dump(item))
-    return rows
-
-
-def _dump(item: Any) -> str:
-    try:
-        return json.dumps(item, ensure_ascii=False)
-    except RecursionError:
-        return "(nested too deeply)"
 
 
 def collect(

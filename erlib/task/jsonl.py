@@ -1,5 +1,6 @@
 """JSON Lines that must be right: strict reading with line and fault of each bad line, whole-or-nothing writing."""
 
+import codecs
 import json
 import os
 from collections import Counter
@@ -26,8 +27,10 @@ class Row(NamedTuple):
 def rows(path: str | Path) -> Iterator[Row]:
     """Read one JSON object per line, one at a time; a row that is none says why."""
     # In binary: text mode and splitlines() also end lines at characters that JSON allows inside strings.
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+    encoding = encoding_of(path)
+    wide = encoding != "utf-8-sig"
+    with open(path, encoding=encoding, errors="replace", newline="\n") if wide else open(path, "rb") as file:
+        for number, line in enumerate((line.encode() for line in file) if wide else file, start=1):
             line = line.removeprefix(b"\xef\xbb\xbf").strip()
             if not line:
                 continue
@@ -38,10 +41,20 @@ def rows(path: str | Path) -> Iterator[Row]:
                 yield Row(number, None, str(error), raw)
 
 
+# In this order: the mark of UTF-32 starts as that of UTF-16 does.
+_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16"}
+_MARKS |= {codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def encoding_of(path: str | Path) -> str:
+    """The encoding that a file's byte order mark names, UTF-8 without one."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    return next((encoding for mark, encoding in _MARKS.items() if start.startswith(mark)), "utf-8-sig")
+
+
 def _object(line: bytes) -> dict[str, Any]:
     """Read one JSON object strictly; raises `BadRow` with the reason."""
-    if line.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise BadRow("the file is UTF-16; save it as UTF-8")
     try:
         row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except UnicodeDecodeError as error:

@@ -159,9 +159,9 @@ class Brief(BaseModel):
 
 
 class Defect(NamedTuple):
-    """One fault found in model output; `detail` quotes the offending text."""
+    """One fault found in model output; `detail` quotes the offending text. What was `repaired` is no fault any more."""
 
-    kind: Literal["unparsable", "unknown_type", "missing_entity", "duplicate", "ungrounded"]
+    kind: Literal["unparsable", "unknown_type", "missing_entity", "duplicate", "ungrounded", "repaired"]
     detail: str
 
 

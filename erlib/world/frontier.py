@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
 
 from erlib.documents import corpus
-from erlib.task.forms import parse_compact, parse_json, to_compact, to_json
+from erlib.task.answers import parse_json
+from erlib.task.forms import parse_compact, to_compact, to_json
 from erlib.task.schema import Brief, Entity, Kind, Relationship, Report
 from erlib.world.posts import Link, Mention, Truth
 from erlib.world.stream import Sample

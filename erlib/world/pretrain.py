@@ -28,7 +28,8 @@ import torch
 from erlib.chain import manifest
 from erlib.lm import models
 from erlib.task import metrics
-from erlib.task.forms import ask, parse_compact, parse_json, to_compact, to_json
+from erlib.task.answers import parse_json
+from erlib.task.forms import ask, parse_compact, to_compact, to_json
 from erlib.task.schema import Parsed, Report
 
 if TYPE_CHECKING:

@@ -38,6 +38,31 @@ def test_what_a_reader_does_not_see_goes(raw: str, cleaned: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        "EPS <guidance at Tessaro Mills, revenue >consensus",
+        "if load<limit and Quillon Freight holds then cost>budget",
+        "output < plan and price > cost",
+        "x <b and y> z",
+        "we ship vector<Kerr> and map<string, int> at Astride",
+        "mail Joel <joel@example.org> or see <https://example.org>",
+        "Pellmont <PLM > fell",
+    ],
+)
+def test_only_what_is_html_goes(text):
+    assert corpus.clean(text) == text
+    assert corpus.clean(text.replace("<", "&lt;").replace(">", "&gt;")) == text
+
+
+def test_tags_with_attributes_and_special_tokens_go():
+    html = (
+        "<!DOCTYPE html><p class=x>a</p><a href='http://x'>b</a><br/>c<font color=red size=2>d</font><input disabled>"
+    )
+    assert corpus.clean(html) == "a\nb\ncd"
+    assert corpus.clean("a</s><pad><|im_start|>[INST]<start_of_turn>b") == "ab"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "LOUD and Quiet, 5 < 6 > 4, i <3 u, a<b, ->",
         "see http://x.example/?a=1&copy=2&lt=3 via @bob #topic",
         "R&D; <bob@example.com>",

@@ -120,10 +120,126 @@ def test_an_empty_a_missing_and_an_unknown_file_are_refused(tmp_path: Path) -> N
         files.read_documents(tmp_path / "c.docx", rejects=tmp_path / "r")
 
 
-def test_a_file_in_utf_16_is_told_so(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"id": "1", "text": "x"}', encoding="utf-16")
-    with pytest.raises(files.TooManyRejects, match="save it as UTF-8"):
-        files.read_documents(tmp_path / "a.jsonl", rejects=tmp_path / "r")
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_byte_order_mark_says_how_a_file_is_written(tmp_path: Path, name: str, encoding: str) -> None:
+    text = '{"id": "1", "text": "é x"}\n' if name == "a.jsonl" else 'id,text\n1,"é\nx"\n'
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    assert files.read_documents(tmp_path / name, rejects=tmp_path / "r") == [Document(id="1", text="é\nx")]
+
+
+def test_utf_16_without_a_mark_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("id,text\n1,x\n".encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"a.csv:1: .*save the file as UTF-8"):
+        files.read_documents(tmp_path / "a.csv", rejects=tmp_path / "r")
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_the_delimiter_is_the_one_that_gives_the_header_its_text_column(tmp_path: Path, delimiter: str) -> None:
+    rows = ["id,first|text;last\tname", "7,a|b;c\td"]
+    texts = {",": ("first|text;last\tname", "a|b;c d"), "|": ("text;last\tname", "b;c d")}
+    texts |= {";": ("last\tname", "c d"), "\t": ("name", "d")}
+    (tmp_path / "a.csv").write_text("\n".join(rows))
+    column, text = texts[delimiter]
+    (document,) = files.read_documents(tmp_path / "a.csv", rejects=tmp_path / "r", text_column=column)
+    assert document.text == text
+
+
+def test_a_column_that_is_missing_stops_at_once_and_says_what_there_is(tmp_path: Path) -> None:
+    import pandas as pd
+
+    (tmp_path / "a.csv").write_text("id;content\n1;x\n")
+    pd.DataFrame({"id": [1], "content": ["x"]}).to_parquet(tmp_path / "a.parquet")
+    for name in ("a.csv", "a.parquet"):
+        with pytest.raises(ValueError, match=rf"{name}.*no column 'text'.*'id', 'content'.*text_column.*--text-column"):
+            files.read_documents(tmp_path / name, rejects=tmp_path / "r")
+        (document,) = files.read_documents(tmp_path / name, rejects=tmp_path / "r", text_column="content")
+        assert document == Document(id="1", text="x")
+
+
+def open_quote(at: int, *, rows: int = 1000, quoted: int = 0, closes: str = "") -> list[str]:
+    """Rows of a CSV of which one opens a straight quotation mark and closes it curly."""
+    lines = ["id,text"]
+    for n in range(rows):
+        text = f"Post {n} names a new head of plant {n}."
+        if n == at:
+            text = '"We are not selling” says Orrin Vale'
+        elif quoted and n % quoted == 0:
+            text = f'"{text}, he said"'
+        elif closes and n == at + 4:
+            text = closes
+        lines.append(f"{n},{text}")
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("content", "swallowed"),
+    [
+        (open_quote(30), range(32, 1002)),
+        (open_quote(990), range(992, 1002)),
+        (open_quote(500, quoted=7), range(502, 507)),  # to the next field in quotation marks
+        (open_quote(500, closes='he said "no"'), range(502, 507)),  # the mark closes as if nothing had happened
+        (open_quote(500, closes='he said "no", and left'), range(502, 507)),
+    ],
+)
+def test_lines_that_an_open_quotation_mark_swallows_are_rejects_that_name_it(tmp_path, content, swallowed) -> None:
+    path, rejects = tmp_path / "a.csv", tmp_path / "r"
+    path.write_text("\n".join(content) + "\n", encoding="utf-8")
+    documents = files.read_documents(path, rejects=rejects, max_reject_share=1)
+    found = read_rejects(rejects)
+    assert [reject["line"] for reject in found] == list(swallowed)
+    assert all(f"line {swallowed[0]} opens a quotation mark" in reject["reason"] for reject in found)
+    assert [reject["row"] for reject in found] == [content[number - 1] for number in swallowed]
+    assert len(documents) == 1000 - len(swallowed)
+    assert all(document.text.startswith("Post ") for document in documents)
+    if len(swallowed) > 50:
+        with pytest.raises(files.TooManyRejects, match=f"line {swallowed[0]} opens a quotation mark"):
+            files.read_documents(path, rejects=rejects)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["two\nlines", "a list:\n12, apples\nand pears", "one\n\ntwo,\nthree, four, five", 'he said "no",\n31,then left'],
+)
+def test_line_breaks_inside_quotation_marks_are_part_of_the_text(tmp_path: Path, text: str) -> None:
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["id", "text"], ["post-1", "one"], ["post-2", text], ["post-3", "three"]])
+    documents = files.read_documents(tmp_path / "a.csv", rejects=tmp_path / "r")
+    assert [document.id for document in documents] == ["post-1", "post-2", "post-3"]
+    assert documents[1].text.split() == text.split()
+
+
+def test_a_mark_left_open_reaches_no_further_than_the_longest_field(tmp_path: Path) -> None:
+    lines = ["id,text", '0,"open', *(f"{n},{'x' * 1000}" for n in range(1, 3000))]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    documents = files.read_documents(tmp_path / "a.csv", rejects=tmp_path / "r", max_reject_share=1)
+    rejects = read_rejects(tmp_path / "r")
+    assert len(documents) + len(rejects) == 3000
+    assert 900 < len(rejects) < 1100
+
+
+def test_a_bad_value_rejects_its_row_and_a_column_that_nobody_reads_may_hold_anything(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    far = pa.array([0, 253_402_300_800, 0, 0], pa.timestamp("s"))  # the year 10000
+    broken = pa.array([b"ok", b"caf\xe9", b"ok", b"ok"]).view(pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 4, broken.buffers())
+    columns = {"id": pa.array([1, 2, 3, 4]), "text": pa.array(list("abcd")), "nobody": far, "reads": text}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert len(files.read_documents(tmp_path / "a.parquet", rejects=tmp_path / "r")) == 4
+    for name, column in (("date", far), ("text", text)):
+        pq.write_table(pa.table(columns | {name: column}), tmp_path / "a.parquet")
+        documents = files.read_documents(tmp_path / "a.parquet", rejects=tmp_path / "r", max_reject_share=0.5)
+        assert [document.id for document in documents] == ["1", "3", "4"]
+        (reject,) = read_rejects(tmp_path / "r")
+        assert reject["line"] == 2 and reject["reason"].startswith(f"'{name}' cannot be read: ")
+
+
+def test_reasons_keep_their_words_where_rejects_are_summed_up(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"id,text\n" + b"1,caf\xe9\n2,na\xefve\n")
+    with pytest.raises(files.TooManyRejects, match="2 × not UTF-8; save the file as UTF-8"):
+        files.read_documents(tmp_path / "a.csv", rejects=tmp_path / "r")
 
 
 def test_csv_with_quotes_bom_long_fields_wrong_encoding_and_too_many_fields(tmp_path: Path) -> None:
@@ -139,7 +255,7 @@ def test_csv_with_quotes_bom_long_fields_wrong_encoding_and_too_many_fields(tmp_
         Document(id="8", text="é\né"),
     ]
     assert [(reject["line"], reject["reason"][:12]) for reject in read_rejects(rejects)] == [
-        (4, "not CSV: fie"),
+        (4, "text of 200,"),
         (5, "not UTF-8; s"),
         (6, "more fields "),
         (7, "'body' is em"),
@@ -204,6 +320,14 @@ FLAT = {
 def write(path: Path, *rows: dict) -> Path:
     write_jsonl(path, rows)
     return path
+
+
+def test_gold_takes_the_ids_that_documents_take(tmp_path: Path) -> None:
+    flat = {name: value for name, value in FLAT.items() if name != "id"}
+    rows = [flat | {"id": 7}, flat | {"text": "Korvex and M&amp;M"}]
+    assert [each.document.id for each in files.read_gold(write(tmp_path / "a.jsonl", *rows))] == ["7", "row-2"]
+    with pytest.raises(ValueError, match="a.jsonl:1: 'id' is bool"):
+        files.read_gold(write(tmp_path / "a.jsonl", flat | {"id": True}))
 
 
 def test_gold_is_read_flat_or_as_exemplars_and_cleaned_with_its_names(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 
 import pytest
 
@@ -16,7 +17,7 @@ from erlib.serving import bulk, engines, export
 from erlib.task.forms import ask
 from erlib.task.schema import Document
 
-N = 400  # enough that no signal comes too late
+N = 240  # enough that no signal comes too late
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def wait_for(path, lines, process):
 
 
 def test_killed_and_interrupted_it_goes_on_without_loss_or_repetition(documents, model):
-    reports, rejects = documents.with_name("reports.jsonl"), documents.with_name("rejects.jsonl")
+    reports, rejects = documents.with_name("reports.jsonl"), documents.with_name("reports.rejects.jsonl")
     for lines in (4, 25):
         process = start(documents, model)
         wait_for(reports, lines, process)
@@ -133,17 +134,105 @@ def test_no_worker_outlives_a_killed_parent(documents, model):
     assert not alive
 
 
-def test_another_model_or_input_is_refused(documents, model, tmp_path):
-    reports = tmp_path / "reports.jsonl"
-    reports.write_text('{"line": 1}\n')
-    asked = {"model": model, "work": bulk.Work("transformers"), "rejects": tmp_path / "rejects.jsonl"}
-    with pytest.raises(ValueError, match="was not written by this command"):
-        bulk.extract(documents, reports, **asked)
-    begun = {"weights": export.read_settings(model).weights, "engine": "transformers", "first_line": "another"}
-    (tmp_path / ".reports.jsonl.begun").write_text(json.dumps(begun))
-    with pytest.raises(ValueError, match="begun with another first_line"):
-        bulk.extract(documents, reports, **asked)
-    assert reports.read_text() == '{"line": 1}\n'
+class Echo:
+    """In place of the processes: every document gets an empty report at once."""
+
+    def __call__(self, rows, model, work, brief):
+        for read in iter(lambda: list(islice(rows, work.block)), []):
+            found = [{"line": number, "id": document.id, "entities": []} for number, document, *_ in read if document]
+            yield read, found
+
+
+@pytest.fixture
+def run(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(bulk, "_in_order", Echo())
+
+    def extract(name, reports="reports.jsonl", *, rejects=None, **changes):
+        rejects = tmp_path / (rejects or f"{reports}.rejects")
+        asked = {"model": model, "work": bulk.Work("transformers"), "rejects": rejects} | changes
+        return bulk.extract(tmp_path / name, tmp_path / reports, **asked)
+
+    return extract
+
+
+def export_of(day, rows):
+    return "id,text\n" + "".join(f"{day}-{n},Quillon Freight hires {n} drivers\n" for n in range(rows))
+
+
+def test_the_export_of_another_day_is_another_input(run, tmp_path):
+    """Both have the same header, and the second has more rows."""
+    (tmp_path / "monday.csv").write_text(export_of("monday", 30))
+    (tmp_path / "tuesday.csv").write_text(export_of("tuesday", 40))
+    run("monday.csv")
+    before = (tmp_path / "reports.jsonl").read_bytes()
+    with pytest.raises(
+        ValueError, match="reports.jsonl was begun with another input: 'monday.csv', and now 'tuesday.csv'"
+    ):
+        run("tuesday.csv")
+    assert (tmp_path / "reports.jsonl").read_bytes() == before
+    assert run("monday.csv").reports == 0
+
+
+def test_an_input_that_has_grown_goes_on_and_one_that_has_changed_does_not(run, tmp_path):
+    (tmp_path / "a.csv").write_text(export_of("monday", 30))
+    run("a.csv")
+    (tmp_path / "a.csv").write_text(export_of("monday", 40))
+    assert run("a.csv").reports == 10
+    assert [row["id"] for row in read(tmp_path / "reports.jsonl")] == [f"monday-{n}" for n in range(40)]
+    changed = export_of("monday", 50).replace("monday-35,", "monday-x,")
+    (tmp_path / "a.csv").write_text(changed)  # among the rows that have come to it
+    with pytest.raises(ValueError, match="another input"):
+        run("a.csv")
+
+
+def test_an_input_without_a_last_line_end_cannot_grow(run, tmp_path):
+    (tmp_path / "a.csv").write_text("id,text\n1,half a")
+    run("a.csv")
+    (tmp_path / "a.csv").write_text("id,text\n1,half a sentence\n")
+    with pytest.raises(ValueError, match="another input"):
+        run("a.csv")
+
+
+def test_another_model_engine_brief_or_column_is_refused(run, tmp_path):
+    (tmp_path / "a.csv").write_text(export_of("monday", 3))
+    run("a.csv")
+    for changes, name in (
+        ({"work": bulk.Work("openvino")}, "engine"),
+        ({"columns": bulk.Columns(max_chars=9)}, "columns"),
+        ({"columns": bulk.Columns(id_column="text")}, "columns"),
+    ):
+        with pytest.raises(ValueError, match=f"begun with another {name}"):
+            run("a.csv", **changes)
+    record = tmp_path / ".reports.jsonl.begun"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"weights": "else"}))
+    with pytest.raises(ValueError, match="begun with another weights"):
+        run("a.csv")
+
+
+def test_what_this_command_did_not_write_is_left_alone(run, tmp_path):
+    (tmp_path / "a.csv").write_text(export_of("monday", 3))
+    (tmp_path / "mine.jsonl").write_text('{"line": 1}\n')
+    with pytest.raises(ValueError, match="mine.jsonl exists and was not written by this command"):
+        run("a.csv", "mine.jsonl")
+    with pytest.raises(ValueError, match="mine.jsonl exists and was not written by this command"):
+        run("a.csv", rejects="mine.jsonl")
+    assert (tmp_path / "mine.jsonl").read_text() == '{"line": 1}\n'
+    (tmp_path / "reports.jsonl").unlink(missing_ok=True)
+    run("a.csv")
+    lines = (tmp_path / "reports.jsonl").read_text().splitlines()
+    edited = "\n".join([lines[0], "a note", *lines[1:]]) + "\n"
+    (tmp_path / "reports.jsonl").write_text(edited)
+    with pytest.raises(ValueError, match="reports.jsonl:2: this command did not write that line"):
+        run("a.csv")
+    assert (tmp_path / "reports.jsonl").read_text() == edited
+
+
+def test_two_files_of_reports_never_share_their_rejects(run, tmp_path):
+    (tmp_path / "a.csv").write_text(export_of("monday", 3))
+    (tmp_path / "b.csv").write_text(export_of("tuesday", 3) + ",\n")
+    run("a.csv", "a.jsonl", rejects="bad.jsonl")
+    with pytest.raises(ValueError, match=r"bad.jsonl was begun with another reports: '.*a.jsonl'"):
+        run("b.csv", "b.jsonl", rejects="bad.jsonl")
 
 
 def test_memory_is_bounded_by_blocks_not_by_the_file(documents):

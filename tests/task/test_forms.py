@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from erlib.task.forms import parse_compact, parse_json, to_compact, to_json
+from erlib.task.answers import parse_json
+from erlib.task.forms import parse_compact, to_compact, to_json
 from erlib.task.schema import Brief, Defect, Entity, Kind, Parsed, Relationship, Report
 
 AWKWARD = [
@@ -163,10 +164,8 @@ def test_truncated_json_keeps_the_complete_items() -> None:
         '{"entities": NaN}',
         '{"entities": [], "entities": []}',
         '{"relationships": []}',
-        '{"entities": [], "notes": "x"}',
         '{"entities": [{"name": "\\ud800", "type": "x"}]}',
         '{"entities": [{"name": 5, "type": "x"}]}',
-        '{"entities": [{"name": "A", "type": "x", "colour": "red"}]}',
         '{"entities": ' + "[" * 100_000,
         '{"entities": ' * 100_000,
         '{"entities": [{"name": ' + "[" * 900 + "]" * 900 + ', "type": "x"}]}',

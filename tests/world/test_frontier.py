@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from erlib.documents import corpus, files
-from erlib.reports import extraction, prompts
+from erlib.reports import extraction, prompts, teacher
 from erlib.task import metrics
-from erlib.task.forms import parse_json
+from erlib.task.answers import parse_json
 from erlib.world import stream
 from erlib.world.frontier import LABEL, Frontier, connect_frontier
 
@@ -100,11 +100,13 @@ def test_it_answers_through_dspy_and_refuses_unknown_documents(frontier, samples
 
 
 def test_connected_by_name_it_answers_as_an_endpoint_would_and_needs_no_cache(samples, brief, tmp_path):
-    lm = connect_frontier("simulated", samples, brief, cache_dir=tmp_path / "cache", budget_usd=1.0, threads=2)
+    priced = teacher.Connection(budget=teacher.Budget(1.0, price_in=1.0, price_out=1.0))
+    lm = connect_frontier("simulated", samples, brief, cache_dir=tmp_path / "cache", connection=priced)
     documents = [sample.document.model_copy(update={"text": corpus.clean(sample.document.text)}) for sample in samples]
     template = prompts.templates(brief)[-1]
     parsed = extraction.extract(lm, documents[:5], template=template, threads=2, brief=brief)
     assert all(answer.valid for answer in parsed)
     assert not (tmp_path / "cache").exists()
-    with pytest.raises(ValueError, match="price_in"):
-        connect_frontier("some-model", [], brief, cache_dir=tmp_path / "cache", budget_usd=1.0)
+    assert teacher.usage(lm).usd == 0
+    other = connect_frontier("some-model", [], brief, cache_dir=tmp_path / "cache", connection=priced)
+    assert other.engine.engine.model == "some-model" and (tmp_path / "cache").exists()
