@@ -6,6 +6,7 @@ and docstrings of functions, not the modules and packages that only show.
 """
 
 import ast
+import datetime
 import difflib
 import hashlib
 import importlib.metadata
@@ -148,7 +149,13 @@ def checked(value: Any, default: Any) -> Any:
 
 
 def _hint(value: Any, wanted: type) -> str:
-    """YAML 1.1 reads `1e-5` as text, because it has no decimal point: say how to write the number."""
+    """How to write what was meant: YAML 1.1 reads `No` as false, 2024-05-01 as a date, `1e-5` (no point) as text."""
+    if value is None:
+        return "; nothing is written after the colon"
+    if wanted is str and isinstance(value, bool | int | float | datetime.date):
+        return "; that is how YAML reads it: write the text in quotation marks"
+    if wanted is list:
+        return "; write the values in brackets, [a, b]"
     if wanted not in (int, float) or not isinstance(value, str):
         return ""
     try:

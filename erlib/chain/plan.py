@@ -1,5 +1,6 @@
 """Plans a run: params file and notebooks → the phases with all their parameters, and why each would have to run."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,24 +62,50 @@ class Job(NamedTuple):
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is written twice, of which YAML would silently keep the last."""
+    """Refuses what YAML 1.1 reads otherwise than it was meant: a key twice, 12:30 and 017 as numbers, .nan and .inf."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise RunError(f"line {key_node.start_mark.line + 1}: a key is a word, not a list or a mapping")
             key = self.construct_object(key_node)
             if key in seen:
                 raise RunError(f"line {key_node.start_mark.line + 1}: `{key}` is written twice")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        return self._as_written(node, super().construct_yaml_int(node))
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        return self._as_written(node, super().construct_yaml_float(node))
+
+    def _as_written(self, node: yaml.ScalarNode, read: Any) -> Any:
+        text, where = node.value, f"line {node.start_mark.line + 1}"
+        if not math.isfinite(read):
+            raise RunError(f"{where}: {text} is no number that a parameter can have")
+        if ":" in text or re.fullmatch(r"[-+]?0[0-9_]+", text):
+            raise RunError(
+                f'{where}: YAML reads {text} as the number {read}: write "{text}" if it is text, else {read}'
+            )
+        return read
+
+
+for _tag in ("int", "float"):  # SafeLoader's table holds its own methods, not their names
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", getattr(_Loader, f"construct_yaml_{_tag}"))
+
 
 def read_params(path: Path) -> dict[str, Any]:
-    """Read a params file: `rounds`, `skip`, `all` and one section per notebook."""
+    """Read a params file: `rounds`, `skip`, `all` and one section per notebook, or per notebook of a round."""
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RunError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RunError) as error:  # ValueError: not UTF-8, a date in month 13
         raise RunError(f"{path}: {error}") from None
+    except RecursionError:
+        raise RunError(f"{path}: nested too deeply to be a params file") from None
     found = {} if found is None else found
     if not isinstance(found, dict):
         raise RunError(f"{path}: expected sections (`all:`, `01_prompts:`, ...), got {type(found).__name__}")
@@ -96,35 +123,51 @@ def discover(notebooks: Path) -> dict[str, dict[str, Any]]:
 def check_params(path: Path, phases: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Check a params file against the notebooks' parameters cells; give what it sets for each phase, typed.
 
-    Raises RunError naming file, section and key for an unknown section or key and for a value of the wrong type.
+    A section `round-2/05_annotation` sets a phase for that round alone, and goes before the phase's own. Raises
+    RunError naming file, section and key for an unknown section or key and for a value of the wrong type.
     """
     sections = read_params(path)
+    inside = [name for name in phases if name.startswith(ROUND)]
+    of_rounds = {f"round-{n}/{name}": name for n in range(1, rounds(path) + 1) for name in inside}
     sections = {key: content for key, content in sections.items() if key not in ("rounds", "skip")}
     given: dict[str, dict[str, Any]] = {name: {} for name in phases}
     for section, content in sorted(sections.items(), key=lambda item: item[0] != "all"):  # `all` first, then overridden
-        if section != "all" and section not in phases:
-            known = ["all", "rounds", "skip", *phases]
+        if section != "all" and section not in phases and section not in of_rounds:
+            known = ["all", "rounds", "skip", *phases, *of_rounds]
             raise RunError(f"{path}: unknown section `{section}`; {closest(str(section), known)}")
         if not isinstance(content, dict):
             raise RunError(f"{path}: section `{section}`: expected `name: value` lines, got {content!r}")
-        targets = list(phases) if section == "all" else [section]
+        phase = of_rounds.get(section, section)
+        targets = list(phases) if section == "all" else [phase]
         for key, value in content.items():
-            if key == "out" or (key in ("previous_dir", "round_number") and section.startswith(("all", *ROUND))):
+            if key == "out" or (key in ("previous_dir", "round_number") and phase.startswith(("all", *ROUND))):
                 raise RunError(f"{path}: section `{section}`: `{key}` is set by the runner; remove it")
             known = sorted({name for target in targets for name in phases[target]})
             if key not in known:
                 raise RunError(f"{path}: section `{section}`: unknown key `{key}`; {closest(str(key), known)}")
             for target in targets:
                 if key in phases[target]:
-                    given[target][key] = _typed(f"{path}: section `{section}`", key, value, phases[target][key])
+                    typed = _typed(path, section, key, value, phases[target][key])
+                    given.setdefault(section if section in of_rounds else target, {})[key] = typed
     return given
 
 
-def _typed(where: str, key: str, value: Any, default: Any) -> Any:
+def _typed(path: Path, section: str, key: str, value: Any, default: Any) -> Any:
     try:
         return checked(value, default)
     except TypeError as error:
-        raise RunError(f"{where}: key `{key}`: {error}") from None
+        raise RunError(f"{path}{_line(path, section, key)}: section `{section}`: key `{key}`: {error}") from None
+
+
+def _line(path: Path, section: str, key: str) -> str:
+    """Where a key of a section stands, as `:7`; empty where an anchor brought it."""
+    node: yaml.Node | None = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
+    line = ""
+    for name in (section, key):
+        found = [pair for pair in node.value if pair[0].value == name] if isinstance(node, yaml.MappingNode) else []
+        line = f":{found[0][0].start_mark.line + 1}" if found else ""
+        node = found[0][1] if found else None
+    return line
 
 
 def skipped(path: Path, phases: Sequence[str]) -> list[str]:
@@ -158,7 +201,7 @@ def plan(params: Path, notebooks: Path, folder: Path) -> list[Job]:
     jobs: list[Job] = []
     for number, name in order:
         label = f"round-{number}/{name}" if number else name
-        given = {**sections[name], "out": shown(folder / label)}
+        given = {**sections[name], **sections.get(label, {}), "out": shown(folder / label)}
         if number and "round_number" in phases[name]:
             given["round_number"] = number
         reads = _reads(name, number, phases[name], given, jobs)

@@ -38,8 +38,26 @@ def command(job: Job) -> str:
     """Write the plain papermill command that does the same as the runner, to be called in the repository root."""
     values = yaml.safe_dump(job.given, default_flow_style=True, width=10**6, allow_unicode=True).strip()
     program = Path(sys.executable).with_name("papermill")
-    words = [shown(program), shown(job.notebook), shown(job.executed), "--cwd", shown(job.notebook.parent)]
+    paths = [_literal(shown(job.notebook)), _literal(shown(job.executed))]
+    words = [shown(program), *paths, "--cwd", shown(job.notebook.parent)]
     return f"mkdir -p {shlex.quote(shown(job.out.parent))} && {shlex.join([*words, '-k', 'python3', '-y', values])}"
+
+
+def _literal(path: str) -> str:
+    """A path as papermill takes it, which fills parameters into its braces."""
+    return path.replace("{", "{{").replace("}", "}}")
+
+
+_LONGEST_SOCKET = 107  # bytes of a Unix socket's path
+_SOCKET_NAME = "/tmpxxxxxxxx/kernel-12345"  # what stands below the folder for temporary files, at its longest
+
+
+def _folder_for_sockets() -> str:
+    """Where the kernel's sockets lie: the folder for temporary files, unless its path is too long for a socket's."""
+    for folder in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"):  # noqa: S108 - a new folder is made in it
+        if len(os.fsencode(folder + _SOCKET_NAME)) <= _LONGEST_SOCKET and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    raise RunError(f"TMPDIR = {tempfile.gettempdir()} is too long for the kernel's sockets: set it to a shorter path")
 
 
 def execute(job: Job) -> dict[str, Any]:
@@ -49,13 +67,16 @@ def execute(job: Job) -> dict[str, Any]:
 
     began, problem = time.monotonic(), "the notebook ended without phase.finish"
     job.out.parent.mkdir(parents=True, exist_ok=True)
-    job.html.unlink(missing_ok=True)
+    for earlier in (job.html, job.executed):
+        earlier.unlink(missing_ok=True)
     os.environ.update(environment(allow_download=job.values.get("allow_download", False)))
     try:
-        with tempfile.TemporaryDirectory() as sockets:  # a killed kernel would leave them beside the notebooks
+        with tempfile.TemporaryDirectory(
+            dir=_folder_for_sockets()
+        ) as sockets:  # a killed kernel would leave them beside the notebooks
             papermill.execute_notebook(
-                job.notebook.resolve(),
-                job.executed.resolve(),
+                _literal(str(job.notebook.resolve())),
+                _literal(str(job.executed.resolve())),
                 parameters=job.given,
                 kernel_name="python3",
                 cwd=job.notebook.parent.resolve(),
@@ -70,6 +91,8 @@ def execute(job: Job) -> dict[str, Any]:
     manifest = read_manifest(job.out)
     if manifest is None or (failed and manifest["status"] != "paused"):
         manifest = _write_error(job, problem, time.monotonic() - began)
+    if not job.executed.is_file():  # nothing came so far as to be written: the report has the error above the source
+        shutil.copyfile(job.notebook, job.executed)
     pages.render(job.executed, job.out, job.html, source=job.notebook)
     return manifest
 

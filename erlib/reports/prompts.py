@@ -93,7 +93,7 @@ def as_sent(template: Template, form: Form) -> str:
     return f"{template.system}\n\n{_DATA}\n\n{FORMS[form]}"
 
 
-_DELIMITER = re.compile(r"^(?=[^\S\n]*(?:Document|Report)[^\S\n]*:)", re.IGNORECASE | re.MULTILINE)
+_DELIMITER = re.compile(r"^(?=[^\S\n]*(?:Document|Report)[^\S\n]*:)", re.MULTILINE)
 
 
 def enclosed(text: str) -> str:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
 
 from erlib.documents import corpus
+from erlib.reports.prompts import enclosed
 from erlib.task.answers import parse_json
 from erlib.task.forms import parse_compact, to_compact, to_json
 from erlib.task.schema import Brief, Entity, Kind, Relationship, Report
@@ -76,7 +77,7 @@ class Frontier:
     def add(self, samples: Iterable[Sample]) -> None:
         """Let the frontier read more documents of the embedded world."""
         for sample in samples:
-            self._truths[corpus.clean(sample.document.text)] = sample.truth
+            self._truths[enclosed(corpus.clean(sample.document.text))] = sample.truth
 
     def complete(self, request: "Request") -> "Response":
         """Answer one request; the last user message must hold `Document:`, the text and `Report:`."""

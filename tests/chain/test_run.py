@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from erlib.chain import manifest, run, runner
-from erlib.chain.manifest import RunError, read_manifest
+from erlib.chain.manifest import ROOT, RunError, read_manifest
 from erlib.chain.plan import check_params, discover, plan
 
 START = "from erlib.chain import run\nphase = run.start('{name}', globals(), simulated=True)"
@@ -102,7 +103,24 @@ def edit(notebook: Path, old: str, new: str) -> None:
         ("01_make:\n  count: true\n", "key `count`: expected int like 40, got bool True"),
         ("01_make:\n  scale: 1e-5\n", "key `scale`: expected float like 1.5, got str '1e-5'; YAML reads that as text, "
          "write 1.0e-05"),
-        ("01_make:\n  scale:\n", "key `scale`: expected float like 1.5, got NoneType None"),
+        ("01_make:\n  scale:\n", "tiny.yml:2: section `01_make`: key `scale`: expected float like 1.5, got NoneType "
+         "None; nothing is written after the colon"),
+        ("01_make:\n  out: x\n  scale: .nan\n", "line 3: .nan is no number that a parameter can have"),
+        ("01_make:\n  scale: -.inf\n", "line 2: -.inf is no number"),
+        ("01_make:\n  count: 12:30\n", 'YAML reads 12:30 as the number 750: write "12:30" if it is text, else 750'),
+        ("01_make:\n  count: 017\n", "line 2: YAML reads 017 as the number 15"),
+        ("01_make:\n  count: 2024-05-01\n", "key `count`: expected int like 40, got date"),
+        ("01_make:\n  count: 2024-13-01\n", "tiny.yml: month must be in 1..12"),
+        ("03_total:\n  double_dir: No\n", "key `double_dir`: expected str like"),
+        ("03_total:\n  double_dir: No\n", "got bool False; that is how YAML reads it: write the text in quotation"),
+        ("03_total:\n  double_dir: 2024-05-01\n", "write the text in quotation marks"),
+        ("a: &x {count: 3}\n01_make:\n  <<: *x\n", "unknown section `a`"),
+        ("01_make:\n  ? [a]\n  : 3\n", "line 2: a key is a word, not a list or a mapping"),
+        ("01_make:\n\tcount: 3\n", "tiny.yml"),
+        ("all: {}\n---\nall: {}\n", "expected a single document"),
+        ("[" * 100_000, "nested too deeply"),
+        ("01_make:\n  count: " + "9" * 5000 + "\n", "tiny.yml"),
+        ("01_make: \xe9".encode("latin-1"), "tiny.yml: 'utf-8' codec can't decode"),
         ("01_make:\n  out: here\n", "section `01_make`: `out` is set by the runner"),
         ("01_make:\n  count: 3\n  count: 4\n", "line 3: `count` is written twice"),
         ("01_make: 3\n", "section `01_make`: expected `name: value` lines, got 3"),
@@ -118,11 +136,67 @@ def edit(notebook: Path, old: str, new: str) -> None:
     ],
 )  # fmt: skip
 def test_a_wrong_params_file_is_refused_before_anything_runs(chain: Path, params: str, message: str) -> None:
-    (chain / "tiny.yml").write_text(params)
+    (chain / "tiny.yml").write_bytes(params if isinstance(params, bytes) else params.encode())
     with pytest.raises(RunError, match=re.escape(message)) as caught:
         go(chain)
     assert str(chain / "tiny.yml") in str(caught.value)
     assert not (chain / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["a{b}", "{0} %s", "é ' x"])
+def test_any_name_will_do_for_params_and_folders(chain: Path, name: str) -> None:
+    inside = chain / f"in {name}"
+    shutil.copytree(chain / "notebooks", inside / name / "notebooks")
+    (inside / f"{name}.yml").write_text("skip: [02_double, 03_total]\n")
+    folder = inside / "runs" / name
+    params, notebooks = inside / f"{name}.yml", inside / name / "notebooks"
+    assert runner.run(params, notebooks=notebooks, runs=inside / "runs") == 0
+    assert read_manifest(folder / "01_make")["status"] == "done"
+    (job, *_) = plan(params, notebooks, folder)
+    shutil.rmtree(folder)
+    subprocess.run(runner.command(job), shell=True, check=True, cwd=ROOT, capture_output=True)
+    assert read_manifest(folder / "01_make")["status"] == "done"
+
+
+def test_a_long_folder_for_temporary_files_will_do(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = chain / ("t" * (100 - len(str(chain))))
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    assert go(chain, only="01")[0] == 0
+    assert not list(long.iterdir())
+
+
+def test_what_fails_before_the_notebook_starts_is_an_error_with_a_report(chain: Path, monkeypatch) -> None:
+    import papermill
+
+    def fail(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(papermill, "execute_notebook", fail)
+    assert go(chain, only="01")[0] == 1
+    manifest = read_manifest(chain / "runs/tiny/01_make")
+    assert (manifest["status"], manifest["note"]) == ("error", "OSError: no space left on device")
+    assert "no space left on device" in (chain / "runs/tiny/01_make.html").read_text()
+
+
+def test_a_section_of_one_round_sets_a_phase_there_alone(rounds: Path) -> None:
+    keys = {}
+    for params in ("rounds: 2\n", "rounds: 2\n04_draw:\n  seed: 5\nround-2/04_draw:\n  seed: 7\n"):
+        (rounds / "tiny.yml").write_text(params)
+        jobs = {job.label: job for job in plan(rounds / "tiny.yml", rounds / "notebooks", rounds / "runs/tiny")}
+        keys[params] = [jobs[f"round-{n}/04_draw"].values["seed"] for n in (1, 2)]
+    assert list(keys.values())[1] == [5, 7]
+    (rounds / "tiny.yml").write_text("rounds: 2\nround-2/04_draw:\n  seed: 7\n")
+    jobs = {job.label: job for job in plan(rounds / "tiny.yml", rounds / "notebooks", rounds / "runs/tiny")}
+    first = jobs["round-1/04_draw"]
+    assert (first.values["seed"], jobs["round-2/04_draw"].values["seed"]) == (keys["rounds: 2\n"][0], 7)
+    for section, said in (
+        ("round-3/04_draw", "did you mean `round-2/04_draw`"),
+        ("round-1/08_compare", "unknown section"),
+    ):
+        (rounds / "tiny.yml").write_text(f"rounds: 2\n{section}:\n  seed: 7\n")
+        with pytest.raises(RunError, match=said):
+            plan(rounds / "tiny.yml", rounds / "notebooks", rounds / "runs/tiny")
 
 
 def test_all_goes_to_every_notebook_that_has_the_name_and_a_section_overrides_it(chain: Path) -> None:
