@@ -56,10 +56,10 @@ def load(
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a causal LM in evaluation mode and its tokenizer: `embedded`, a local folder, or a hub name.
 
-    The tokenizer pads on the left, reads the text of special tokens as text, and has a padding token that is not the
-    end token. `quantisation="nf4"` packs the linear layers into 4 bits while loading; they compute in `dtype`. A folder
-    that `quantise` wrote needs no such word: it comes back as it was written. Raises FileNotFoundError for a hub name
-    that is not in the local cache, unless `allow_download`.
+    The tokenizer pads on the left, reads the text of special tokens as text, and has a padding token, which is not the
+    end token where there is another special one. `quantisation="nf4"` packs the linear layers into 4 bits while
+    loading; they compute in `dtype`. A folder that `quantise` wrote needs no such word: it comes back as it was
+    written. Raises FileNotFoundError for a hub name that is not in the local cache, unless `allow_download`.
     """
     from transformers import AutoModelForCausalLM
 
@@ -83,7 +83,9 @@ def load_tokenizer(name_or_path: str | Path, *, allow_download: bool = False) ->
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not allow_download, padding_side="left")
     tokenizer.split_special_tokens = True
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token
+        # Padding is masked by length everywhere, so any token will do; another than the end token is easier to read.
+        others = [token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token]
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token or (others or [tokenizer.eos_token])[0]
     return tokenizer
 
 

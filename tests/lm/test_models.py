@@ -190,6 +190,39 @@ def test_a_chat_template_becomes_special_tokens_but_contents_do_not(tokenizer):
 # -- log-probabilities --------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def ends_with_its_padding(model, tokenizer, tmp_path):
+    """The model in a folder, with a tokenizer whose only special token is the end token: Qwen's are of this kind."""
+    from transformers import PreTrainedTokenizerFast
+
+    bare = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token=tokenizer.eos_token, pad_token=tokenizer.eos_token
+    )
+    model.save_pretrained(tmp_path)
+    bare.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_tokenizer_whose_padding_is_its_end_gives_what_another_padding_gives(model, tokenizer, ends_with_its_padding):
+    loaded, bare = models.load(ends_with_its_padding)
+    assert bare.pad_token_id == bare.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
+    encoded = [models.encode_prompt(tokenizer, text) for text in TEXTS]
+    assert [models.encode_prompt(bare, text) for text in TEXTS] == encoded
+    by_other = models.generate(model, tokenizer, TEXTS, max_new_tokens=12, batch_size=4)
+    assert [each.ids for each in models.generate(loaded, bare, TEXTS, max_new_tokens=12, batch_size=4)] == [
+        each.ids for each in by_other
+    ]
+    reports = ["none", "Korvex|firm", "a|b|c", ""]
+    found = models.completion_logprobs(loaded, bare, TEXTS, reports, batch_size=4)
+    for one, other in zip(
+        found, models.completion_logprobs(model, tokenizer, TEXTS, reports, batch_size=4), strict=True
+    ):
+        assert torch.equal(one, other)
+    assert all(
+        len(each) == len(models.encode_completion(bare, text)) for each, text in zip(found, reports, strict=True)
+    )
+
+
 def test_log_probabilities_equal_a_plain_forward(model, tokenizer):
     prompts, answers = TEXTS[:3], ["none", "Korvex|organisation\n>leads|Tamu", "x"]
     found = models.completion_logprobs(model, tokenizer, prompts, answers, batch_size=2, temperature=0.7)
