@@ -205,21 +205,19 @@ def serve(
 ) -> None:
     """Offer an exported model as an OpenAI-compatible endpoint on loopback: POST /v1/completions, streaming too.
 
-    The server is transformers' own. A request names the model's folder as `model` and sends `prompt`, the document in
-    the prompt of erlib.json, with `temperature` 0 and `max_tokens`.
+    The server is transformers' own. A request names the model's folder as `model` (GET /v1/models has it) and sends
+    `prompt`, the document in the prompt of erlib.json, with `temperature` 0 and `max_tokens`.
     """
-    from erlib.serving import export
+    from erlib.serving import export, server
 
     try:
         settings = export.read_settings(model)
         export.require_server()
+        typer.secho(f"model {model}, prompt {settings.prompt!r}, max_tokens {settings.max_new_tokens}", err=True)
+        server.serve(model, port)
     except (OSError, ModuleNotFoundError) as error:
         typer.secho(str(error), fg="red", err=True)
         raise typer.Exit(2) from None
-    from transformers.cli.serve import Serve
-
-    typer.secho(f"model {model}, prompt {settings.prompt!r}, max_tokens {settings.max_new_tokens}", err=True)
-    Serve(force_model=str(model), host="127.0.0.1", port=port, device="auto", log_level="warning")
 
 
 if __name__ == "__main__":

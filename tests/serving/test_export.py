@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import yaml
 
 from erlib.lm import models
 from erlib.lm.checkpoints import fingerprint, require_merged
-from erlib.serving import export
+from erlib.serving import export, server
 from erlib.task.forms import ask
 
 PROMPT = ask("{text}") + "\n"
@@ -151,9 +153,41 @@ def test_a_loopback_request_is_answered_whole_and_in_a_stream(folder):
             server.kill()
 
 
-def _post(port: int, body: dict) -> bytes:
+def test_models_and_chat_are_answered_on_a_machine_without_a_hub_cache(folder, tmp_path):
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "erlib", "serve", "--model", str(folder), "--port", str(port)]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "none"), "HF_HUB_CACHE": str(tmp_path / "none")}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as server:
+        try:
+            text = PROMPT.replace("{text}", "Ada Morn leads Brinvex Labs.")
+            _post(port, {"model": str(folder), "prompt": text, "temperature": 0, "max_tokens": 2})
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60) as answer:
+                assert [model["id"] for model in json.loads(answer.read())["data"]] == [str(folder)]
+            body = {"model": str(folder), "messages": [{"role": "user", "content": "Ada Morn leads Brinvex Labs."}]}
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                _post(port, body, "chat/completions")
+            assert caught.value.code == 400
+            assert "/v1/completions" in json.loads(caught.value.read())["error"]["message"]
+        finally:
+            server.kill()
+
+
+def test_a_port_in_use_is_told_before_the_model_is_loaded(folder):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"port {port} cannot be used .*--port"):
+            server.serve(folder, port)
+
+
+def _post(port: int, body: dict, where: str = "completions") -> bytes:
     request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"http://127.0.0.1:{port}/v1/{where}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     for _ in range(120):
         try:
@@ -161,6 +195,8 @@ def _post(port: int, body: dict) -> bytes:
                 return answer.read()
         except ConnectionRefusedError:
             time.sleep(0.5)
+        except urllib.error.HTTPError:
+            raise
         except urllib.error.URLError as error:
             if not isinstance(error.reason, ConnectionRefusedError):
                 raise
