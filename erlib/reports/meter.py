@@ -14,6 +14,8 @@ import random
 import sqlite3
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -112,8 +114,18 @@ class Pace:
             self._interruptions += 1
             self._changed.notify_all()
 
-    def enter(self, tokens: int) -> None:
-        """Wait for the turn of a request of so many tokens; `leave` must follow."""
+    @contextmanager
+    def turn(self, tokens: int) -> Iterator[None]:
+        """Wait for the turn of a request of so many tokens, and hold it."""
+        self._enter(tokens)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._under_way -= 1
+                self._changed.notify_all()
+
+    def _enter(self, tokens: int) -> None:
         with self._changed:
             began = self._interruptions
             while self._under_way >= self._at_once:
@@ -128,12 +140,6 @@ class Pace:
                 self._under_way -= 1
                 self._changed.notify_all()
                 raise
-
-    def leave(self) -> None:
-        """End a request's turn."""
-        with self._changed:
-            self._under_way -= 1
-            self._changed.notify_all()
 
     def rest(self, seconds: float) -> None:
         """Let this thread's request rest; its turn stays taken, so that a server in trouble gets fewer requests."""
@@ -228,40 +234,43 @@ class Meter:
         """Buy an answer, once more with more room where it is cut off: text and finish reason."""
         room = request.config.max_tokens
         roomy = replace(request, config=replace(request.config, max_tokens=room and _MORE_ROOM * room))
-        self._pace.enter(estimated_tokens(request) + (room or 0))
-        try:
-            if room is None or self._thinks:
+        if room is None or self._thinks:
+            response = self._attempts(roomy, key, last=True)
+        else:
+            response = self._attempts(request, key, last=False)
+            if response.finish_reason == "length":
+                self._thinks = self._thinks or not (response.text or "").strip()
                 response = self._attempts(roomy, key, last=True)
-            else:
-                response = self._attempts(request, key, last=False)
-                if response.finish_reason == "length":
-                    self._thinks = self._thinks or not (response.text or "").strip()
-                    response = self._attempts(roomy, key, last=True)
-            return response.text, response.finish_reason
-        finally:
-            self._pace.leave()
+        return response.text, response.finish_reason
 
     def _attempts(self, request: "Request", key: str, *, last: bool) -> "Response":
-        """Ask until there is an answer; a rate limit counts as an attempt only while nobody else gets an answer."""
+        """Ask until there is an answer.
+
+        A rate limit, or an answer that does not come in time, counts as an attempt only while nobody else is answered.
+        """
         jitter = random.Random(key)
         attempt, answered = 1, self.usage.requests
         while True:
-            try:
-                return self._attempt(request, key, last=last)
-            except Unavailable as error:
-                asked = error.retry_after
-                if asked is not None and self.usage.requests > answered:
+            with self._pace.turn(estimated_tokens(request) + (request.config.max_tokens or 0)):
+                try:
+                    return self._attempt(request, key, last=last)
+                except Unavailable as error:
+                    fault = error
+                waits = fault.retry_after is not None or isinstance(fault, Slow)
+                if waits and self.usage.requests > answered:
                     attempt, answered = 1, self.usage.requests
                 if attempt >= self.limits.attempts:
-                    raise Unanswered("no answer", f"{error} ({attempt} attempts)") from error
-                if isinstance(error, Slow):
-                    self._pace.slow_down()
-            self._count(retries=1)
-            if asked is None:
-                self._pace.rest(self.limits.backoff * 2 ** (attempt - 1) * jitter.uniform(0.5, 1.5))
-            else:
-                self._pace.pause(asked)
-                self._pace.rest(asked + min(asked, 1.0) * jitter.random())  # not all at the same moment
+                    raise Unanswered("no answer", f"{fault} ({attempt} attempts)") from fault
+                self._count(retries=1)
+                pause = self.limits.backoff * 2 ** (attempt - 1) * jitter.uniform(0.5, 1.5)
+                if fault.retry_after is not None:
+                    self._pace.pause(fault.retry_after)
+                    pause = fault.retry_after + min(fault.retry_after, 1.0) * jitter.random()  # not all at one moment
+                if not isinstance(fault, Slow):
+                    self._pace.rest(pause)  # with the turn taken: a server in trouble gets fewer requests
+            if isinstance(fault, Slow):  # it may still be at work on what was given up: let it finish, and ask in turn
+                self._pace.slow_down()
+                self._pace.rest(pause)
             attempt += 1
 
     def _attempt(self, request: "Request", key: str, *, last: bool) -> "Response":

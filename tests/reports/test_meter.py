@@ -97,6 +97,33 @@ def test_a_rate_limit_is_no_attempt_while_others_are_answered():
         asked.complete(request("Belum is hiring."))
 
 
+def test_a_server_of_one_slot_that_never_notices_who_has_gone_is_waited_for():
+    """Sixteen at once: those at the end of its queue are given up, and their answers are made all the same."""
+    slot, given_up = threading.Lock(), threading.Event()
+
+    class OneSlot(Scripted):
+        def complete(self, asked):
+            began = time.monotonic()
+            with slot:
+                time.sleep(0.02)
+            if time.monotonic() - began > 0.1:
+                given_up.set()
+                raise Slow("it took too long")
+            return super().complete(asked)
+
+    asked = meter(OneSlot(), concurrency=16, attempts=3, backoff=0.05)
+    found = []
+    threads = [
+        threading.Thread(target=lambda n=n: found.append(asked.complete(request(f"Ardox{n} is hiring.")).text))
+        for n in range(32)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(found) == 32 and asked.usage.unanswered == 0 and given_up.is_set()
+
+
 def test_a_pause_that_the_server_asks_for_holds_for_requests_that_have_not_started():
     asked = meter(Scripted(Unavailable("rate limit", retry_after=0.2)))
     began = time.monotonic()
@@ -187,8 +214,8 @@ def test_requests_are_spaced_by_the_rates_that_are_allowed():
     pace = Pace(Limits(requests_per_minute=600.0))  # one in a tenth of a second
     began = time.monotonic()
     for _ in range(4):
-        pace.enter(10)
-        pace.leave()
+        with pace.turn(10):
+            pass
     assert time.monotonic() - began >= 0.3
 
 
@@ -196,20 +223,24 @@ def test_long_requests_take_more_of_the_tokens_a_minute():
     pace = Pace(Limits(tokens_per_minute=60_000.0))
     began = time.monotonic()
     for tokens in (300, 10):
-        pace.enter(tokens)
-        pace.leave()
+        with pace.turn(tokens):
+            pass
     assert time.monotonic() - began >= 0.3
 
 
 def test_a_server_that_is_too_slow_gets_fewer_requests_at_once():
     pace = Pace(Limits(concurrency=2))
     pace.slow_down()
-    pace.enter(1)
-    second = threading.Thread(target=pace.enter, args=(1,), daemon=True)
-    second.start()
-    second.join(0.05)
-    assert second.is_alive()
-    pace.leave()
+
+    def take_a_turn():
+        with pace.turn(1):
+            pass
+
+    second = threading.Thread(target=take_a_turn, daemon=True)
+    with pace.turn(1):
+        second.start()
+        second.join(0.05)
+        assert second.is_alive()
     second.join(10)
     assert not second.is_alive()
 
@@ -221,7 +252,8 @@ def test_an_interruption_wakes_whoever_waits_and_nobody_else():
 
     def wait():
         try:
-            pace.enter(1)
+            with pace.turn(1):
+                pass
         except Interrupted:
             raised.append(1)
 
@@ -236,4 +268,5 @@ def test_an_interruption_wakes_whoever_waits_and_nobody_else():
     assert raised == [1, 1, 1]
     later = Pace(Limits())
     later.interrupt()
-    later.enter(1)  # an interruption that is past concerns nobody
+    with later.turn(1):  # an interruption that is past concerns nobody
+        pass
