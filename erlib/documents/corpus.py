@@ -119,6 +119,16 @@ def deduplicate(documents: Sequence[Document], *, threshold: float = 0.8, seed: 
     return Deduplicated([documents[index] for index in kept], dropped)
 
 
+def refuse_too_few(kept: int, read: int, least: int) -> None:
+    """Raise ValueError where too few documents are left after cleaning and deduplication to be divided and compared."""
+    if kept < least:
+        raise ValueError(
+            f"{kept} of {read} documents are left ({read - kept} repeat an earlier one), and training, validation and "
+            f"test need `least_documents` = {least}: give more documents, raise `duplicate_threshold`, or lower "
+            "`least_documents` (section 02_corpus)"
+        )
+
+
 def _signatures(texts: Sequence[str], seed: int, block: int = 500) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """For each text its shingle hashes (sorted, unique) and its MinHash signature (bands * rows,), uint32 both."""
     rng = np.random.default_rng(seed)

@@ -23,6 +23,7 @@ from erlib.task.metrics import Interval
 if TYPE_CHECKING:
     import networkx
     from sentence_transformers import SentenceTransformer
+    from tokenizers import Tokenizer
 
 BLOCK = 1_000  # rows of a similarity matrix in memory at once: 1,000 x 100,000 float32 are 400 MB
 
@@ -36,41 +37,53 @@ def fit_static(texts: Sequence[str], *, dimensions: int, vocabulary: int = 30_00
     A word's vector is its row of the right singular vectors of the TF-IDF matrix (latent semantic analysis), at unit
     length so that rare words keep a direction of their own, times its inverse document frequency. Words met once join
     no two texts and get a zero vector; punctuation is left out. A small corpus gives fewer dimensions than asked for.
+    Where half of the texts have not two words that others have, as emoji and scripts without blanks do, characters
+    stand for words. Raises ValueError where even they are too few.
     """
     from scipy.sparse import csr_matrix
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
     from sklearn.feature_extraction.text import TfidfTransformer
     from sklearn.utils.extmath import randomized_svd
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()  # lower case, no accents, Chinese characters as words
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("removed")]
-    )
-    trainer = trainers.WordLevelTrainer(
-        vocab_size=vocabulary, min_frequency=2, special_tokens=["[UNK]"], show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = _vocabulary(texts, vocabulary, characters=False)
+    ids = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+    unknown = tokenizer.token_to_id("[UNK]")
+    if np.median([sum(word != unknown for word in row) for row in ids]) < 2:
+        tokenizer = _vocabulary(texts, vocabulary, characters=True)
+        ids = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
     words = tokenizer.get_vocab_size()
     dimensions = min(dimensions, words - 1, len(texts) - 1)
     if dimensions < 2:
         raise ValueError(f"{words - 1} words occur twice in {len(texts)} texts: too few to fit an embedding on")
 
-    ids = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
     indptr = np.cumsum([0, *map(len, ids)])
     columns = np.fromiter((word for row in ids for word in row), dtype=np.int64, count=indptr[-1])
-    known = (columns != tokenizer.token_to_id("[UNK]")).astype(np.float32)
+    known = (columns != unknown).astype(np.float32)
     counts = csr_matrix((known, columns, indptr), shape=(len(texts), words))  # (N, V), repeated columns add up
     counts.sum_duplicates()
     counts.eliminate_zeros()
     tfidf = TfidfTransformer()
     _, _, right = randomized_svd(tfidf.fit_transform(counts), dimensions, n_iter=4, random_state=seed)
     weights = (tfidf.idf_ / np.linalg.norm(right, axis=0).clip(min=1e-12))[:, None] * right.T  # (V, d)
-    weights[tokenizer.token_to_id("[UNK]")] = 0  # its row is rounding noise, which unit length would blow up
+    weights[unknown] = 0  # its row is rounding noise, which unit length would blow up
     static = StaticEmbedding(tokenizer, embedding_weights=weights.astype(np.float32))
     return SentenceTransformer(modules=[static, Normalize()], device="cpu")
+
+
+def _vocabulary(texts: Sequence[str], size: int, *, characters: bool) -> "Tokenizer":
+    """The words, or the characters, that occur twice."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()  # lower case, no accents, Chinese characters as words
+    pieces = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("removed")]
+    if characters:
+        pieces.append(pre_tokenizers.Split(Regex("."), "isolated"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pieces)
+    trainer = trainers.WordLevelTrainer(vocab_size=size, min_frequency=2, special_tokens=["[UNK]"], show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
 
 
 def embed(
@@ -213,18 +226,17 @@ def sweep(pairs: pd.DataFrame, n: int, cutoffs: Sequence[float]) -> pd.DataFrame
 def choose_cutoff(swept: pd.DataFrame, *, giant_limit: float = 0.01) -> float:
     """Choose the lowest cut-off whose giant component is below the limit: above it only isolated nodes are added.
 
-    Raises ValueError when the sweep does not enclose that point, because its ends would then decide.
+    Where the sweep does not enclose that point its end decides: the lowest cut-off if no component was ever giant, the
+    highest if one always is.
     """
     swept = swept.sort_values("cutoff")
     below = swept[swept["giant_share"] < giant_limit]
-    if below.empty:
-        raise ValueError(
-            f"the giant component holds {swept['giant_share'].iloc[-1]:.1%} of the nodes at the highest cut-off "
-            f"{swept['cutoff'].iloc[-1]}: raise the end of the sweep, or giant_limit ({giant_limit}) for a small corpus"
-        )
-    if len(below) == len(swept):
-        raise ValueError(f"no giant component at the lowest cut-off {swept['cutoff'].iloc[0]}: lower the sweep's start")
-    return float(below["cutoff"].iloc[0])
+    return float(swept["cutoff"].iloc[-1] if below.empty else below["cutoff"].iloc[0])
+
+
+def least_giant(giant_limit: float, n: int) -> float:
+    """The share of n nodes from which a component counts as giant: `giant_limit`, and never fewer than five nodes."""
+    return max(giant_limit, 5 / n)
 
 
 def graph(pairs: pd.DataFrame, n: int, cutoff: float) -> "networkx.Graph":
@@ -276,11 +288,15 @@ def vendi_score(embeddings: np.ndarray) -> float:
 
 
 def trigrams(texts: Sequence[str]) -> list[np.ndarray]:
-    """Number the word trigrams of each text, case-folded: one int array per text, equal trigrams with equal numbers."""
+    """Number the word trigrams of each text, case-folded: one int array per text, equal trigrams with equal numbers.
+
+    A text of fewer than three words, as scripts without blanks have, gives trigrams of characters.
+    """
     numbers: dict[tuple[str, str, str], int] = {}
     rows = []
     for text in texts:
         words = text.casefold().split()
+        words = words if len(words) >= 3 else list(text.casefold())
         met = zip(words, words[1:], words[2:], strict=False)
         rows.append(np.array([numbers.setdefault(trigram, len(numbers)) for trigram in met], dtype=np.int64))
     return rows

@@ -5,6 +5,7 @@
 3. `write`   all of it for the phases to come. A phase's record holds those of the phases before it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -49,11 +50,14 @@ def draw(
     earlier: Mapping[str, str],
     seed: int,
     fits: Callable[[Document], bool] = lambda document: True,
+    least: int | None = None,
 ) -> Drawn:
     """Reserve the next `n` documents of the pool that nobody has and that fit, in an order that `seed` shuffles.
 
-    The outcome does not depend on the order of `pool`. Raises ValueError that says how many there are if too few.
+    Where there are fewer, all of them if they are `least` or more, else ValueError that says who has the others. The
+    outcome does not depend on the order of `pool`.
     """
+    pool = list(pool)
     free = sorted((document for document in pool if document.id not in earlier), key=lambda document: document.id)
     chosen: list[Document] = []
     unfit = 0
@@ -64,13 +68,18 @@ def draw(
             chosen.append(free[index])
         else:
             unfit += 1
-    if len(chosen) < n:
+    if len(chosen) < (n if least is None else min(n, least)):
+        taken = Counter(earlier[document.id] for document in pool if document.id in earlier)
+        others = ", ".join(f"{number:,} for {name}" for name, number in taken.most_common()) or "none by others"
+        at_least = f", {least:,} at least" if least is not None else ""
         raise ValueError(
-            f"{purpose}: {n} documents are wanted, {len(chosen)} of the {len(free)} free ones fit and "
-            f"{len(earlier)} are reserved by earlier phases: ask for fewer, or raise n_documents in 02_corpus"
+            f"{purpose}: {n:,} documents are wanted{at_least}; of {len(pool):,} there are {len(chosen):,} that are "
+            f"free and not too long ({others}; {unfit:,} too long). Ask for fewer in this phase (its `n_documents`, or "
+            "`steps` and `prompts_per_step`), for fewer reports (`n_reports` in 02_corpus), or give more documents "
+            "(`documents`, `n_documents` in 02_corpus)"
         )
     chosen.sort(key=lambda document: document.id)
-    return Drawn(chosen, unfit, len(free) - n - unfit, {document.id: purpose for document in chosen})
+    return Drawn(chosen, unfit, len(free) - len(chosen) - unfit, {document.id: purpose for document in chosen})
 
 
 def merged(*records: Mapping[str, str]) -> dict[str, str]:

@@ -38,6 +38,11 @@ def part(exemplars: Sequence[Exemplar], name: str) -> list[Exemplar]:
 
 
 def random_sets(pool: Sequence[Exemplar], *, k: int = 5, draws: int = 5, seed: int) -> list[tuple[Exemplar, ...]]:
-    """Baseline: `draws` random sets of `k` exemplars."""
+    """Baseline: `draws` random sets of `k` exemplars. Raises ValueError where the pool has fewer."""
+    if len(pool) < k:
+        raise ValueError(
+            f"the gold exemplars leave {len(pool)} to show (a third of them), and `n_exemplars` = {k} are to be shown: "
+            "give more gold exemplars, or lower `n_exemplars` (section 01_prompts)"
+        )
     rng = random.Random(f"random sets {seed}")  # LabeledFewShot samples with Random(0)
     return [tuple(rng.sample(list(pool), k)) for _ in range(draws)]

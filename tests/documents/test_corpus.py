@@ -234,3 +234,9 @@ def test_documents_of_components_get_a_group_each_unless_they_came_with_one() ->
     found = corpus.in_components(documents)
     assert [document.group for document in found] == ["component-00000", "story", "component-00002"]
     assert [document.id for document in found] == ["a", "b", "c"]
+
+
+def test_too_few_different_documents_are_told_before_anything_is_computed():
+    corpus.refuse_too_few(20, 25, 20)
+    with pytest.raises(ValueError, match="1 of 1500 documents are left .1499 repeat.*`least_documents` = 20"):
+        corpus.refuse_too_few(1, 1500, 20)

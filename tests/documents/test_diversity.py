@@ -116,7 +116,17 @@ def test_a_text_without_known_words_is_near_to_nothing(texts):
 def test_few_short_texts_give_fewer_dimensions_and_too_few_are_refused():
     assert diversity.embed(["a b c d", "a b c e", "a d e f", "f b"], dimensions=128, seed=0).shape == (4, 3)
     with pytest.raises(ValueError, match="too few to fit"):
-        diversity.embed(["one", "two", "three"], seed=0)
+        diversity.embed(["ab", "cd", "ef"], seed=0)
+
+
+@pytest.mark.parametrize("alphabet", ["😀🎉🚀🔥💧🌍", "สวัสดีครับผมชื่อ"])
+def test_where_words_are_no_help_characters_tell_texts_apart(alphabet):
+    rng = np.random.default_rng(0)
+    halves = [list(alphabet)[: len(alphabet) // 2], list(alphabet)[len(alphabet) // 2 :]]
+    texts = ["".join(rng.choice(half, size=9)) for half in halves for _ in range(20)]
+    rows = diversity.embed(texts, seed=0)
+    cosines = rows @ rows.T
+    assert cosines[:20, :20].mean() > cosines[:20, 20:].mean() + 0.3
 
 
 @pytest.mark.parametrize(
@@ -231,11 +241,14 @@ def test_the_lowest_cutoff_without_a_giant_component_is_chosen():
     assert diversity.choose_cutoff(swept_table([0.9, 0.01, 0.009, 0.001])[::-1], giant_limit=0.02) == 0.6
 
 
-def test_a_sweep_that_does_not_enclose_the_point_is_refused():
-    with pytest.raises(ValueError, match="raise the end of the sweep"):
-        diversity.choose_cutoff(swept_table([0.9, 0.8, 0.7, 0.6]))
-    with pytest.raises(ValueError, match="lower the sweep's start"):
-        diversity.choose_cutoff(swept_table([0.009, 0.008, 0.007, 0.006]))
+def test_where_a_sweep_does_not_enclose_the_point_its_end_decides():
+    assert diversity.choose_cutoff(swept_table([0.9, 0.8, 0.7, 0.6])) == 0.8
+    assert diversity.choose_cutoff(swept_table([0.009, 0.008, 0.007, 0.006])) == 0.5
+
+
+def test_a_component_of_a_few_documents_is_not_giant_however_small_the_corpus():
+    assert diversity.least_giant(0.01, 10_000) == 0.01
+    assert diversity.least_giant(0.01, 40) == 0.125  # up to four of them
 
 
 def test_selection_takes_the_medoid_of_each_component(clusters):
@@ -272,7 +285,7 @@ def test_vendi_score_is_the_entropy_of_the_kernel_matrix(clusters):
 @given(st.lists(st.text(alphabet="ab ", max_size=20), min_size=1, max_size=8))
 @settings(deadline=None)
 def test_distinct_share_is_that_of_the_trigrams_as_words(texts_):
-    words = [text.split() for text in texts_]
+    words = [text.split() if len(text.split()) >= 3 else list(text) for text in texts_]
     met = [tuple(row[i : i + 3]) for row in words for i in range(len(row) - 2)]
     expected = len(set(met)) / len(met) if met else 0.0
     assert diversity.distinct_share(diversity.trigrams(texts_)) == expected

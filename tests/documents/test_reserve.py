@@ -31,10 +31,18 @@ def test_unfit_documents_are_passed_over_and_counted() -> None:
 
 def test_too_few_documents_are_an_error_that_says_how_many_there_are() -> None:
     taken = {document.id: "reports" for document in POOL[:5]}
-    with pytest.raises(
-        ValueError, match="trial: 16 documents are wanted, 15 of the 15 free ones fit and 5 are reserved"
-    ):
+    said = r"trial: 16 documents are wanted; of 20 there are 15 .*\(5 for reports; 0 too long\).*`n_documents`"
+    with pytest.raises(ValueError, match=said):
         reserve.draw(POOL, 16, purpose="trial", earlier=taken, seed=0)
+
+
+def test_who_can_do_with_fewer_gets_what_there_is() -> None:
+    taken = {document.id: "reports" for document in POOL[:5]}
+    drawn = reserve.draw(POOL, 400, purpose="blind test", earlier=taken, seed=0, least=15)
+    assert (len(drawn.documents), drawn.left) == (15, 0)
+    assert len(reserve.draw(POOL, 3, purpose="blind test", earlier=taken, seed=0, least=15).documents) == 3
+    with pytest.raises(ValueError, match="400 documents are wanted, 16 at least; of 20 there are 15"):
+        reserve.draw(POOL, 400, purpose="blind test", earlier=taken, seed=0, least=16)
 
 
 def test_records_add_up_over_phases_and_an_overlap_is_refused(tmp_path: Path) -> None:
