@@ -10,7 +10,6 @@ The API key comes from `OPENAI_API_KEY`; it is sent to the endpoint, and never s
 """
 
 import json
-import math
 import os
 import re
 import threading
@@ -154,8 +153,10 @@ class Endpoint:
             reply = self._post(body)
             if reply.is_success:
                 return self._answer(reply)
+            if reply.is_redirect:
+                raise EndpointError(f"{self.url} has moved to {reply.headers.get('location')}: set `api_base` to it")
             words = said(reply)
-            told = _message(reply.status_code, self.url, words)
+            told = f"{reply.status_code} from {self.url}: {words}"
             if reply.status_code not in _DISPUTABLE or _ABOUT_TEXT.search(words):
                 raise fault(reply.status_code, told, words, retry_after=asked_pause(reply.headers))
             if not self.dialect.adapt(plain, body, words):
@@ -176,7 +177,7 @@ class Endpoint:
         return {"model": self.model, "messages": system + turns, "stream": False, **wanted}
 
     def _post(self, body: dict[str, Any]) -> httpx.Response:
-        key = os.environ.get("OPENAI_API_KEY", "")
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not key and self.url.startswith(OPENAI):
             raise EndpointError(
                 "OpenAI's endpoint wants a key: set the environment variable OPENAI_API_KEY, or set `api_base` to the "
@@ -274,10 +275,6 @@ _ADVICE = {
 }
 
 
-def _message(status: int, url: str, words: str) -> str:
-    return f"{status} from {url}: {words}"
-
-
 def said(reply: httpx.Response) -> str:
     """A server's own words about a fault: of `error`, `detail` or `message`, or the start of the body."""
     found = _json(reply)
@@ -336,12 +333,12 @@ def _text(content: Any) -> str:
 
 
 def count(value: Any) -> int:
-    """A number of tokens as servers write it; 0 where it is none: missing, negative, not a number, not whole."""
+    """A number of tokens as servers write it; 0 where it is none: missing, negative, not a number, past belief."""
     try:
         number = float(value) if not isinstance(value, bool) else 0.0
     except (TypeError, ValueError):
         return 0
-    return int(number) if math.isfinite(number) and number > 0 and number == int(number) else 0
+    return int(number) if 0 < number < 1e9 and number == int(number) else 0
 
 
 # -- pauses that servers ask for ----------------------------------------------------------------------------------

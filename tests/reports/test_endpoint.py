@@ -222,7 +222,9 @@ def test_tokens_that_are_not_counted_are_unknown_not_free(serve, usage):
 
 def test_numbers_of_tokens_are_read_as_servers_write_them():
     assert [count(value) for value in (7, 7.0, "7", " 7 ")] == [7, 7, 7, 7]
-    assert [count(value) for value in (None, True, -7, 7.5, "many", float("nan"), float("inf"), [], {})] == [0] * 9
+    assert [count(value) for value in (None, True, -7, 7.5, "many", float("nan"), float("inf"), 1e30, [], {})] == [
+        0
+    ] * 10
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------
@@ -258,6 +260,19 @@ def test_what_no_request_would_get_past_is_told_apart(serve, status, body):
     server = serve(lambda _, n: (status, {}, body))
     with pytest.raises(EndpointError, match=f"{status} from {server.url}/chat/completions: why"):
         connected(server).complete(request())
+
+
+def test_who_has_moved_says_where_to(serve):
+    server = serve(lambda _, n: (308, {"Location": "https://example.org/v1/chat/completions"}, b""))
+    with pytest.raises(EndpointError, match=r"moved to https://example.org/.*api_base"):
+        connected(server).complete(request())
+
+
+def test_a_key_read_from_a_file_may_end_with_a_line_end(serve, monkeypatch):
+    server = serve(lambda body, n: good(body))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
+    connected(server).complete(request())
+    assert server.headers[0]["Authorization"] == "Bearer sk-secret"
 
 
 def test_an_account_without_money_is_no_rate_limit(serve):
