@@ -44,6 +44,11 @@ COMPUTING = set(
 )
 
 
+# The parameter that names the file of people's judgements. It grows with every phase that people work for: what a phase
+# took from it stands in its outputs, and what it may take later is no reason to run again.
+KEPT = "kept_judgements"
+
+
 class RunError(Exception):
     """A mistake that the user can fix; the message says where and how."""
 
@@ -293,7 +298,7 @@ def _inputs(values: Mapping[str, Any]) -> dict[str, str]:
         said = [manifest.get(part) for part in ("params", "inputs", "verdict")]
         found[f"{shown(ROOT / folder)}: parameters and verdict"] = _hash(json.dumps(said, sort_keys=True))
     for name, value in values.items():
-        if name == "out" or name.endswith(("_dir", "_dirs")):
+        if name in ("out", KEPT) or name.endswith(("_dir", "_dirs")):
             continue
         for text in value if isinstance(value, list) else [value]:
             if not isinstance(text, str) or not text:

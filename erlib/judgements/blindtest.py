@@ -213,18 +213,29 @@ def tasks(queued: Mapping[str, Sequence[Comparison]]) -> Iterator[dict[str, str]
             yield key | {"document": document, "a": a, "b": b}
 
 
-def read_votes(path: Path, queued: Mapping[str, Sequence[Comparison]]) -> list[Vote]:
+class Answers(NamedTuple):
+    """What a file of people's answers holds for these comparisons, and how many rows answer other questions."""
+
+    judgements: list[Judgement]
+    votes: list[Vote]  # one of each judgement
+    elsewhere: int
+
+
+def read_answers(path: Path, queued: Mapping[str, Sequence[Comparison]]) -> Answers:
     """Read people's answers to `tasks`: JSONL of `store.Judgement`, as many of them as there are.
 
-    Raises ValueError that names file, line and what to do for a row that is no judgement, that answers no task of this
-    annotator, or that answers one again.
+    Rows about comparisons that are not asked here are counted: one file may serve several phases. Raises ValueError
+    that names file, line and what to do for a row that is no judgement, that answers a comparison of another annotator,
+    or that answers one again.
     """
     places = {
         (annotator, comparison.id): (place, comparison)
         for annotator, comparisons in queued.items()
         for place, comparison in enumerate(comparisons)
     }
-    votes: dict[tuple[str, str], Vote] = {}
+    here = {name for _, name in places}
+    found: dict[tuple[str, str], tuple[Judgement, Vote]] = {}
+    elsewhere = 0
     for number, row, unreadable, _ in jsonl.rows(path):
         try:
             judgement = Judgement.model_validate(row)
@@ -232,14 +243,17 @@ def read_votes(path: Path, queued: Mapping[str, Sequence[Comparison]]) -> list[V
             fault = error.errors()[0]
             reason = unreadable or f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
             raise ValueError(f"{path}:{number}: {reason}") from None
+        if judgement.pair_id not in here:
+            elsewhere += 1
+            continue
         key = (judgement.annotator, judgement.pair_id)
         if key not in places:
             raise ValueError(f"{path}:{number}: {' / '.join(key)} is no task: answer those of the present tasks.jsonl")
-        if key in votes:
+        if key in found:
             raise ValueError(f"{path}:{number}: {' / '.join(key)} is answered a second time: keep one of the lines")
         place, comparison = places[key]
-        votes[key] = vote(comparison, judgement.annotator, place, judgement.model_dump())
-    return list(votes.values())
+        found[key] = judgement, vote(comparison, judgement.annotator, place, judgement.model_dump())
+    return Answers([one for one, _ in found.values()], [one for _, one in found.values()], elsewhere)
 
 
 # -- what came out ------------------------------------------------------------------------------------------------

@@ -69,11 +69,11 @@ def write(planned: Plan, *, comparisons: Path, tasks: Path) -> None:
 def collect(planned: Plan, *, judge: Judge | None = None, answers: str | Path = "") -> list[Vote]:
     """The votes: of `judge`, asked now, or without one those in the file `answers`, none while there is no file name.
 
-    Raises ValueError for answers that do not fit; see `blindtest.read_votes`.
+    Raises ValueError for answers that do not fit; see `blindtest.read_answers`.
     """
     if judge is not None:
         return blindtest.ask(planned.queued, judge)
-    return blindtest.read_votes(Path(answers), planned.queued) if answers else []
+    return blindtest.read_answers(Path(answers), planned.queued).votes if answers else []
 
 
 def request(tasks: str | Path, *, phase: str) -> str:

@@ -100,11 +100,12 @@ class Judgement(BaseModel):
 
 
 class Recorded(NamedTuple):
-    """What a write did: judgements that are new, that revise one, and that say what the store says already."""
+    """What a write did: judgements that are new, that revise one, that say what the store says already, of others."""
 
     new: int
     revised: int
     unchanged: int
+    elsewhere: int = 0  # of pairs that are not in this store: another round's, in a file for all rounds
 
 
 def choice(total: float) -> Choice:
@@ -185,7 +186,10 @@ class Store:
         return Recorded(counts["new"], counts["revised"], counts["unchanged"])
 
     def read(self, path: str | Path) -> Recorded:
-        """Import judgements from JSONL, all or none; ValueError names line and reason of every bad line."""
+        """Import judgements from JSONL, all or none; ValueError names line and reason of every bad line.
+
+        Rows about pairs of other rounds are counted and passed over.
+        """
         counts: Counter[str] = Counter()
         faults: list[str] = []
         seen: dict[tuple[str, str], int] = {}
@@ -196,7 +200,8 @@ class Store:
                     first = seen.setdefault((judgement.annotator, judgement.pair_id), number)
                     if first != number:
                         raise _Refused(f"{judgement.annotator} judges {judgement.pair_id} in line {first} already")
-                    counts[_record(db, judgement)] += 1
+                    here = db.execute("SELECT 1 FROM items WHERE pair_id = ?", (judgement.pair_id,)).fetchone()
+                    counts[_record(db, judgement) if here else "elsewhere"] += 1
                 except ValidationError as error:
                     found = [(".".join(map(str, fault["loc"])), fault["msg"]) for fault in error.errors()]
                     faults += [f"{path}:{number}: {key}: {message}" for key, message in found]
@@ -205,7 +210,20 @@ class Store:
             if faults:
                 more = f"\n… and {len(faults) - 20} more" if len(faults) > 20 else ""
                 raise ValueError("\n".join(faults[:20]) + more + "\nNothing was imported: fix these lines first.")
-        return Recorded(counts["new"], counts["revised"], counts["unchanged"])
+        return Recorded(counts["new"], counts["revised"], counts["unchanged"], counts["elsewhere"])
+
+    def hand_over(self, pair_id: str, owner: str, other: str) -> bool:
+        """Give a label pair that waits for `owner` to another annotator who has passed; False where that cannot be."""
+        with self._transaction() as db:
+            done = db.execute(
+                "UPDATE assignments SET annotator = :other WHERE pair_id = :pair_id AND annotator = :owner "
+                "AND EXISTS (SELECT 1 FROM outstanding AS waiting WHERE kind = 'label' "
+                "            AND waiting.pair_id = :pair_id AND waiting.annotator = :owner) "
+                "AND EXISTS (SELECT 1 FROM annotators WHERE name = :other AND status = 'passed') "
+                "AND NOT EXISTS (SELECT 1 FROM assignments WHERE pair_id = :pair_id AND annotator = :other)",
+                {"pair_id": pair_id, "owner": owner, "other": other},
+            )
+            return done.rowcount == 1
 
     def resume(self, *, note: str, at: AwareDatetime) -> None:
         """Go on after a halt; `note` says what was found and changed. ValueError where nothing is halted."""
