@@ -349,28 +349,36 @@ def judged(asked: Sequence[Trial], judge: Callable[..., Mapping[str, int]]) -> l
     return found
 
 
-def read_trials(path: str | Path, *, asked: Sequence[Trial]) -> list[Trial]:
+def read_trials(path: str | Path, *, asked: Sequence[Trial]) -> tuple[list[Trial], int]:
     """Read people's judgements of trial pairs: the lines of `trial_pairs.jsonl` with `preference` filled in.
 
-    Gives the asked ones, in their order, with `preference` None where it is still missing. Raises ValueError naming
-    file and line of a pair that occurs twice, or that is not one of the asked with the same texts and checkpoint.
+    Gives the asked ones, in their order, with `preference` None where it is still missing, and the number of lines
+    about other texts. A judgement belongs to the texts, whatever run, checkpoint, temperature or order they were shown
+    in. Raises ValueError naming file and line of what is no trial pair, or judges the same texts in another way.
     """
-    wanted = {trial.id: trial for trial in asked}
-    found: dict[str, Trial] = {}
+    found: dict[tuple[str, frozenset[str]], tuple[int, str | None]] = {}  # line, and the text that is preferred
     for number, row in enumerate(read_jsonl(path), start=1):
         try:
             trial = Trial.model_validate(row)
         except ValidationError as error:
             raise ValueError(f"{path}:{number}: {_fault(error)}; keep the lines of trial_pairs.jsonl") from None
-        if trial.id in found:
-            raise ValueError(f"{path}:{number}: {trial.id} is judged twice: keep one line of it")
-        if trial.model_copy(update={"preference": None}) != wanted.get(trial.id):
-            raise ValueError(
-                f"{path}:{number}: {trial.id} with these texts was not drawn from this checkpoint with these settings: "
-                "judge the trial_pairs.jsonl of the paused phase, or set `temperature`"
-            )
-        found[trial.id] = trial
-    return [found.get(trial.id, trial) for trial in asked]
+        if trial.preference is None:
+            continue
+        preferred = {"A": trial.a, "B": trial.b, "tie": None}[trial.preference]
+        line, before = found.setdefault(_texts(trial), (number, preferred))
+        if before != preferred:
+            raise ValueError(f"{path}:{number}: {trial.id} is judged otherwise than the same texts in line {line}")
+    judged = []
+    for trial in asked:
+        if (known := found.get(_texts(trial))) is not None:
+            choice = "tie" if known[1] is None else "A" if known[1] == trial.a else "B"
+            trial = trial.model_copy(update={"preference": choice})
+        judged.append(trial)
+    return judged, len(found.keys() - set(map(_texts, asked)))
+
+
+def _texts(trial: Trial) -> tuple[str, frozenset[str]]:
+    return trial.document, frozenset((trial.a, trial.b))
 
 
 def comparisons(samples: Sequence[Sampled], judged: Sequence[Trial]) -> pd.DataFrame:

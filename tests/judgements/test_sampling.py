@@ -339,14 +339,27 @@ def test_peoples_judgements_come_in_by_the_file_that_went_out(tmp_path):
     path = tmp_path / "judged.jsonl"
     filled = [trial.model_copy(update={"preference": "tie"}) for trial in asked[:2]]
     write_jsonl(path, filled)
-    assert sampling.read_trials(path, asked=asked) == [*filled, asked[2]]
-    write_jsonl(path, [filled[0], filled[0]])
-    with pytest.raises(ValueError, match=r"judged.jsonl:2: .* is judged twice"):
+    assert sampling.read_trials(path, asked=asked) == ([*filled, asked[2]], 0)
+
+
+def test_a_judgement_of_a_trial_belongs_to_its_texts_in_any_run_and_order(tmp_path):
+    asked = sampling.trials([sample(["x", "y"], document=document) for document in DOCUMENTS[:3]], seed=0)
+    path = tmp_path / "judged.jsonl"
+    first = asked[0].model_copy(update={"checkpoint": "e" * 64, "id": "other@2", "preference": "A"})
+    turned = asked[1].model_copy(update={"a": asked[1].b, "b": asked[1].a, "preference": "A"})
+    other = asked[2].model_copy(update={"a": "another text", "preference": "B"})
+    write_jsonl(path, [first, turned, other, first])
+    judged, elsewhere = sampling.read_trials(path, asked=asked)
+    assert [trial.preference for trial in judged] == ["A", "B", None]
+    assert [trial.id for trial in judged] == [trial.id for trial in asked] and elsewhere == 1
+    write_jsonl(path, [first, first.model_copy(update={"preference": "B"})])
+    with pytest.raises(ValueError, match=r"judged.jsonl:2: other@2 is judged otherwise than the same texts in line 1"):
         sampling.read_trials(path, asked=asked)
-    for change in ({"checkpoint": "e" * 64}, {"a": "other"}, {"id": "nobody@1"}):
-        write_jsonl(path, [filled[0], filled[1].model_copy(update=change)])
-        with pytest.raises(ValueError, match=r"judged.jsonl:2: .* was not drawn from this checkpoint"):
-            sampling.read_trials(path, asked=asked)
+
+
+def test_what_is_no_trial_pair_is_named(tmp_path):
+    asked = sampling.trials([sample(["x", "y"], document=document) for document in DOCUMENTS[:3]], seed=0)
+    path, filled = tmp_path / "judged.jsonl", [asked[0]]
     write_jsonl(path, [filled[0].model_dump() | {"preference": "C"}])
     with pytest.raises(ValueError, match=r"judged.jsonl:1: preference: Input should be 'A', 'tie' or 'B'"):
         sampling.read_trials(path, asked=asked)
