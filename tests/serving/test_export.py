@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -131,49 +132,47 @@ def test_serving_without_its_packages_says_how_to_install_them(folder):
     assert "pip install -c constraints.txt -e '.[serve]'" in ended.stderr
 
 
-def test_a_loopback_request_is_answered_whole_and_in_a_stream(folder):
+@contextmanager
+def served(folder, **environment):
+    """The port of a server of the model in this folder, in a process of its own."""
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "erlib", "serve", "--model", str(folder), "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": os.environ | environment}
+    with subprocess.Popen(command, **silent) as server:
         try:
-            text = PROMPT.replace("{text}", "Ada Morn leads Brinvex Labs.")
-            body = {"model": str(folder), "prompt": text, "temperature": 0, "max_tokens": 24}
-            answer = json.loads(_post(port, body))["choices"][0]["text"]
-            expected = models.generate(*models.load(folder), [text], max_new_tokens=24, stop=())[0].text
-            assert answer == expected
-            lines = _post(port, body | {"stream": True}).decode().splitlines()
-            chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-            assert len(chunks) > 3
-            assert "".join(chunk["choices"][0]["text"] or "" for chunk in chunks) == expected
+            yield port
         finally:
             server.kill()
+
+
+def test_a_loopback_request_is_answered_whole_and_in_a_stream(folder):
+    text = PROMPT.replace("{text}", "Ada Morn leads Brinvex Labs.")
+    body = {"model": str(folder), "prompt": text, "temperature": 0, "max_tokens": 24}
+    expected = models.generate(*models.load(folder), [text], max_new_tokens=24, stop=())[0].text
+    with served(folder) as port:
+        assert json.loads(_post(port, body))["choices"][0]["text"] == expected
+        lines = _post(port, body | {"stream": True}).decode().splitlines()
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert len(chunks) > 3
+    assert "".join(chunk["choices"][0]["text"] or "" for chunk in chunks) == expected
 
 
 def test_models_and_chat_are_answered_on_a_machine_without_a_hub_cache(folder, tmp_path):
-    pytest.importorskip("fastapi")
-    pytest.importorskip("uvicorn")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "erlib", "serve", "--model", str(folder), "--port", str(port)]
-    environment = os.environ | {"HF_HOME": str(tmp_path / "none"), "HF_HUB_CACHE": str(tmp_path / "none")}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as server:
-        try:
-            text = PROMPT.replace("{text}", "Ada Morn leads Brinvex Labs.")
-            _post(port, {"model": str(folder), "prompt": text, "temperature": 0, "max_tokens": 2})
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60) as answer:
-                assert [model["id"] for model in json.loads(answer.read())["data"]] == [str(folder)]
-            body = {"model": str(folder), "messages": [{"role": "user", "content": "Ada Morn leads Brinvex Labs."}]}
-            with pytest.raises(urllib.error.HTTPError) as caught:
-                _post(port, body, "chat/completions")
-            assert caught.value.code == 400
-            assert "/v1/completions" in json.loads(caught.value.read())["error"]["message"]
-        finally:
-            server.kill()
+    nothing = str(tmp_path / "none")
+    text = PROMPT.replace("{text}", "Ada Morn leads Brinvex Labs.")
+    chat = {"model": str(folder), "messages": [{"role": "user", "content": "Ada Morn leads Brinvex Labs."}]}
+    with served(folder, HF_HOME=nothing, HF_HUB_CACHE=nothing) as port:
+        _post(port, {"model": str(folder), "prompt": text, "temperature": 0, "max_tokens": 2})
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60) as answer:
+            assert [model["id"] for model in json.loads(answer.read())["data"]] == [str(folder)]
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            _post(port, chat, "chat/completions")
+        assert caught.value.code == 400
+        assert "/v1/completions" in json.loads(caught.value.read())["error"]["message"]
 
 
 def test_a_port_in_use_is_told_before_the_model_is_loaded(folder):
