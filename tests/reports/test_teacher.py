@@ -333,6 +333,7 @@ def test_an_interrupted_wait_for_the_server_ends_within_seconds_and_keeps_what_c
 
     server = serve(respond)
     waiting = run_script(
+        "signal.signal(signal.SIGINT, signal.default_int_handler)",  # a shell's background jobs ignore it
         "class At: url = " + repr(server.url),
         "print('asking', flush=True)",
         f"ask(connect(At, Path({str(tmp_path)!r})))",
