@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
-from erlib.lm.models import BLANK_LINE, Completion, encode_messages, generate
+from erlib.lm.models import Completion, encode_messages, generate
 
 if TYPE_CHECKING:
     from dspy.lm15 import Request, Response
@@ -21,7 +21,8 @@ class LocalEngine:
 
     Use it as `dspy.LM("local", engine=LocalEngine(model, tokenizer), cache=False)`, because DSPy's cache knows
     the name, not the weights. One caller at a time leads: it waits a moment for others, then generates for all that
-    wait alike.
+    wait alike. An answer ends at the end token or at a stop that the request names, as a frontier's does: chatter and
+    a blank line may stand before the report.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class LocalEngine:
     def _settings(self, request: "Request") -> tuple:
         config = request.config
         limit = config.max_tokens or self.max_new_tokens
-        return limit, config.temperature or 0.0, config.seed or 0, tuple(config.stop) or (BLANK_LINE,)
+        return limit, config.temperature or 0.0, config.seed or 0, tuple(config.stop)
 
     def _answer(self, batch: "list[tuple[Request, Future[Response]]]") -> None:
         limit, temperature, seed, stop = self._settings(batch[0][0])

@@ -363,7 +363,7 @@ def test_the_engine_batches_concurrent_requests(model, tokenizer, monkeypatch):
         responses = list(pool.map(engine.complete, requests))
     assert sum(batches) == len(requests) and len(batches) <= 2
     prompts = [f"Read.\n\n{text}\n" for text in TEXTS]
-    wanted = [c.text or " " for c in generate(model, tokenizer, prompts, max_new_tokens=6)]
+    wanted = [c.text or " " for c in generate(model, tokenizer, prompts, max_new_tokens=6, stop=())]
     assert [response.message.parts[0].text for response in responses] == wanted * 2
     assert responses[0].usage.input_tokens == len(tokenizer(prompts[0])["input_ids"])
 
@@ -379,6 +379,18 @@ def test_an_error_reaches_every_caller_of_the_batch(model, tokenizer):
         for future in futures:
             with pytest.raises(ValueError, match="context"):
                 future.result(timeout=30)
+
+
+def test_a_blank_line_does_not_end_an_answer_but_a_stop_of_the_request_does(model, tokenizer, monkeypatch):
+    from dspy.lm15 import Config, Message, Request
+
+    stops = []
+    generate = models.generate
+    monkeypatch.setattr(local, "generate", lambda *a, **k: stops.append(k["stop"]) or generate(*a, **k))
+    engine = local.LocalEngine(model, tokenizer, max_new_tokens=2)
+    for config in (Config(), Config(stop=("##",))):
+        engine.complete(Request(model="local", messages=(Message.user("Korvex."),), config=config))
+    assert stops == [(), ("##",)]
 
 
 def test_the_engine_serves_dspy(model, tokenizer):
