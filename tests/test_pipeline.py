@@ -23,11 +23,12 @@ from erlib.serving import export
 ROOT = Path(__file__).parent.parent
 ROUNDS = ("round-1", "round-2")
 EACH_ROUND = ("04_sampling", "05_annotation", "06_reward_model", "07_ppo")
-PHASES = [
+CHAIN = [
     *("01_prompts", "02_corpus", "03_sft"),
     *(f"{place}/{phase}" for place in ROUNDS for phase in EACH_ROUND),
     *("08_alternatives", "09_rounds", "10_blind_test", "11_inference", "12_drift"),
 ]
+PHASES = [*CHAIN, "14_confirmation"]
 METRICS = {
     "01_prompts": {"frontier_entity_f1", "frontier_relationship_f1", "local_entity_f1", "selected_minus_random"},
     "02_corpus": {"recall_at_k", "giant_component_share", "isolated_share", "diversity_gain"},
@@ -54,6 +55,9 @@ METRICS = {
     },
     "12_drift": {
         "false_alarm_rate", "detection_delay_topic", "detection_delay_length", "detection_delay_structure"
+    },
+    "14_confirmation": {
+        "policy_win_rate", "win_ratio", "n", "policy_entity_f1", "frontier_entity_f1", "base_entity_f1"
     },
 }  # fmt: skip
 KEYS = {
@@ -93,6 +97,8 @@ def runs(tmp_path_factory, notebooks):
     folder = tmp_path_factory.mktemp("runs")
     finished = erlib("--past-gates", runs=folder, notebooks=notebooks)
     assert finished.returncode in (0, 3), finished.stdout + finished.stderr
+    confirmed = erlib("--only", "14", runs=folder, notebooks=notebooks)
+    assert confirmed.returncode in (0, 3), confirmed.stdout + confirmed.stderr
     return folder
 
 
@@ -140,7 +146,7 @@ def test_index_shows_every_phase(smoke):
 
 def test_the_results_of_the_run_have_every_headline(smoke):
     found = {phase: manifest(smoke, phase) for phase in PHASES}
-    assert len(results.headlines(found)) == 8
+    assert len(results.headlines(found)) == 11  # three of them of the confirmation
     assert all(row is not None for _, row in results.headlines(found))
     assert "not in this run" not in results.markdown(smoke)
 
@@ -285,12 +291,25 @@ def test_drift_watches_the_last_policy_with_the_last_reward_model_and_opens_tick
     assert len(thresholds) == 11  # a header and ten detectors
 
 
+# -- confirmation -------------------------------------------------------------------------------------------------
+
+
+def test_the_policy_is_confirmed_on_documents_that_its_run_has_not_read(smoke):
+    checks = {row["check"]: row for row in manifest(smoke, "14_confirmation")["verdict"]}
+    assert checks["texts that a run knew"]["value"] == 0
+    assert checks["runs confirmed"]["value"] == 1
+    compared = rows(smoke / "14_confirmation/comparisons.jsonl")
+    assert {row["document_id"].split("/")[0] for row in compared} == {"smoke"}
+    known = {row["text"] for row in rows(smoke / "02_corpus/documents.jsonl")}
+    assert compared and not known & {row["document"] for row in compared}
+
+
 # -- again --------------------------------------------------------------------------------------------------------
 
 
 def test_a_second_run_has_nothing_to_do(runs, notebooks):
     again = erlib("--past-gates", "--dry-run", runs=runs, notebooks=notebooks)
-    assert again.stdout.count("same key, outputs intact") == len(PHASES), again.stdout
+    assert again.stdout.count("same key, outputs intact") == len(CHAIN), again.stdout
 
 
 # 03 and 07 are left out: test_sft and test_ppo show that training repeats bit for bit.

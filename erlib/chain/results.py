@@ -20,6 +20,13 @@ HEADLINES = [
     ("12", r"false-alarm rate$"),
 ]
 
+# What a release is judged by, in runs that were confirmed: on documents that no other phase reads.
+CONFIRMED = [
+    ("14", r"documents won to lost against the frontier"),
+    ("14", r"documents won to lost against SFT"),
+    ("14", r"entity F1, policy minus frontier"),
+]
+
 Manifest = Mapping[str, Any]
 
 
@@ -51,14 +58,20 @@ def markdown(folder: Path) -> str:
 
 
 def headlines(found: Mapping[str, Manifest]) -> list[tuple[str, dict[str, Any] | None]]:
-    """Find each of `HEADLINES` in manifests by label: (label, check), the check None where the run does not have it."""
+    """Find the headlines in manifests by label: (label, check), the check None where the run does not have it."""
     rows: list[tuple[str, dict[str, Any] | None]] = []
-    for number, pattern in HEADLINES:
+    for number, pattern in _wanted(found):
         labels = [label for label, each in found.items() if each["phase"].startswith(number)]
         last = labels[-1] if labels else number
         verdict = found[last]["verdict"] if labels else []
         rows.append((last, next((row for row in verdict if re.search(pattern, row["check"])), None)))
     return rows
+
+
+def _wanted(found: Mapping[str, Manifest]) -> list[tuple[str, str]]:
+    """`HEADLINES`, and `CONFIRMED` where the run has phase 14."""
+    confirmed = any(each["phase"].startswith("14") for each in found.values())
+    return HEADLINES + (CONFIRMED if confirmed else [])
 
 
 def _simulated(manifests: Sequence[Manifest]) -> str:
@@ -79,7 +92,7 @@ def _reading(manifests: Sequence[Manifest]) -> str:
 
 def _headline(found: Mapping[str, Manifest]) -> str:
     lines = [("phase", "check", "value", "95 % interval", "target", "outcome")]
-    for (label, row), (_, pattern) in zip(headlines(found), HEADLINES, strict=True):
+    for (label, row), (_, pattern) in zip(headlines(found), _wanted(found), strict=True):
         lines.append(
             (label, pattern.rstrip("$"), "not in this run", "", "", "") if row is None else (label, *_cells(row))
         )

@@ -55,6 +55,17 @@ def test_results_are_the_manifests_figures(folder: Path) -> None:
     assert "3 met, 2 undecided, 1 missed" in text
 
 
+def test_a_confirmed_run_has_the_confirmation_among_its_headlines(folder: Path) -> None:
+    assert "14" not in [label for label, _ in results.headlines({})]
+    phase = folder / "14_confirmation"
+    phase.mkdir()
+    manifest = json.loads((folder / "10_blind_test/manifest.json").read_text()) | {"phase": "14_confirmation"}
+    manifest["verdict"] = [run.check("documents won to lost against the frontier", 2.2, target=">= 2")._asdict()]
+    (phase / "manifest.json").write_text(json.dumps(manifest))
+    headline = results.markdown(folder).split("## Headline")[1].split("##")[0]
+    assert "| 14_confirmation | documents won to lost against the frontier | 2.2 |" in headline
+
+
 def test_rounds_stand_side_by_side(folder: Path) -> None:
     lines = results.markdown(folder).splitlines()
     assert "## 06_reward_model (simulated): done, failed gate" in lines
