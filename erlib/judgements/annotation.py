@@ -298,8 +298,11 @@ def _preference(pair: "Pair", sampled: "Sampled", judged: pd.DataFrame) -> Prefe
     )
 
 
-def read_preferences(path: str | Path, *, checkpoint: str) -> list[Preference]:
-    """Read what phase 05 wrote; ValueError with file and line for a bad record, or one of another checkpoint."""
+def read_preferences(path: str | Path, *, checkpoint: str | None) -> list[Preference]:
+    """Read what phase 05 wrote; ValueError with file and line for a bad record, or one of another checkpoint.
+
+    `checkpoint` None takes those of any checkpoint, as of an earlier round.
+    """
     found = []
     for number, fields, reason, _ in jsonl.rows(path):
         try:
@@ -310,7 +313,7 @@ def read_preferences(path: str | Path, *, checkpoint: str) -> list[Preference]:
             preference = None
         if preference is None:
             raise ValueError(f"{path}:{number}: {reason}; run phase 05 again")
-        if preference.checkpoint != checkpoint:
+        if checkpoint is not None and preference.checkpoint != checkpoint:
             raise ValueError(
                 f"{path}:{number}: the pair was drawn from checkpoint {preference.checkpoint[:12]}, but the round "
                 f"starts from {checkpoint[:12]}: run phases 04 and 05 again from this one, or start from that one"

@@ -183,12 +183,13 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 32,
     temperature: float = 0.0,
-    seed: int = 0,
+    seed: int | Sequence[Sequence[int]] = 0,
     stop: Sequence[str] = (BLANK_LINE,),
 ) -> list[Completion]:
     """Complete every prompt, greedily or by sampling softmax(logits / temperature), until the end token or a stop.
 
-    Results keep the order of the prompts. Raises ValueError when a prompt and `max_new_tokens` exceed the context.
+    Results keep the order of the prompts. Sampling follows from `seed` and the place of a prompt, or from the numbers
+    that `seed` has for each prompt. Raises ValueError when a prompt and `max_new_tokens` exceed the context.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -201,11 +202,12 @@ def generate(
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     size = min(batch_size, max(ALONE, math.ceil(len(order) / parallel.cores(model.device))))  # a batch for each core
     batches = [order[start : start + size] for start in range(0, len(order), size)]
+    seeds = [(seed, index) for index in range(len(prompts))] if isinstance(seed, int) else seed
 
     def complete(rows: list[int]) -> list[Completion]:
         uniform = None
         if temperature > 0:
-            draws = [np.random.default_rng([seed, index]).random(max_new_tokens) for index in rows]
+            draws = [np.random.default_rng([*seeds[index]]).random(max_new_tokens) for index in rows]
             uniform = torch.tensor(np.array(draws), device=model.device)
         new = _decode(
             model,

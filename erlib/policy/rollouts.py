@@ -5,6 +5,7 @@ prompt are neighbours, a *group*, and stay together: they share the encoding of 
 `MultiAdapter.pack`).
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -77,23 +78,24 @@ def collect(
     sampling: Sampling,
     rng: np.random.Generator,
 ) -> list[Rollout]:
-    """Sample one completion of each prompt; each batch has a seed of its own, whichever process takes it."""
+    """Sample one completion of each prompt; its draws are its own, whichever process takes it with whichever others."""
     from accelerate.utils import gather_object
 
-    batch_size = sampling.generation_batch_size
     ordered = sorted(prompts, key=len)  # stable: the samples of one prompt stay together and share its encoding
-    shards = [ordered[at : at + batch_size] for at in range(0, len(ordered), batch_size)]
-    seeds = rng.integers(2**31, size=len(shards)).tolist()
+    seed = int(rng.integers(2**31))
+    size = min(sampling.generation_batch_size, math.ceil(len(ordered) / accelerator.num_processes))
+    size = math.ceil(size / sampling.samples) * sampling.samples
     found = []
     with core.scoring():
-        for number in range(accelerator.process_index, len(shards), accelerator.num_processes):
-            shard = shards[number]
+        for start in range(accelerator.process_index * size, len(ordered), accelerator.num_processes * size):
+            shard = ordered[start : start + size]
             written = models.generate(
-                core.model, tokenizer, shard, max_new_tokens=sampling.max_new_tokens, batch_size=batch_size,
-                temperature=core.temperature, seed=seeds[number], stop=sampling.stop,
+                core.model, tokenizer, shard, max_new_tokens=sampling.max_new_tokens, batch_size=size,
+                temperature=core.temperature, seed=[(seed, start + place) for place in range(len(shard))],
+                stop=sampling.stop,
             )  # fmt: skip
             rows = [Rollout(tuple(p), c.ids, c.text, c.finished) for p, c in zip(shard, written, strict=True)]
-            found.append((number, rows))
+            found.append((start, rows))
     return [row for _, rows in sorted(gather_object(found)) for row in rows]
 
 

@@ -27,7 +27,7 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -110,6 +110,26 @@ def encode(
             "raise the limit, or set leave_out to train without them"
         )
     return Encoded(list(rows.values()), ties, too_long)
+
+
+def of_earlier_rounds(
+    earlier: "Iterable[Preference]", own: "Iterable[Preference]", *, documents: int, seed: int
+) -> "list[Preference]":
+    """The training pairs of `documents` documents of earlier rounds, drawn at random, or of all where there are fewer.
+
+    Preferences of all rounds train each round's reward model, as in Llama 2 (2307.09288, 3.2.2): what annotators value
+    does not change with the checkpoint. Held-out pairs stay held out. ValueError where a document is of this round too.
+    """
+    train = [pair for pair in earlier if pair.split == "train"]
+    both = {pair.document_id for pair in train} & {pair.document_id for pair in own}
+    if both:
+        raise ValueError(
+            f"{len(both)} documents of earlier rounds are of this round, too, such as {min(both)}: accuracy would be "
+            "measured on texts that were trained on. Rounds must not share documents; run phase 04 again"
+        )
+    names = sorted({pair.document_id for pair in train})
+    drawn = set(np.random.default_rng(seed).permutation(names)[:documents].tolist())
+    return [pair for pair in train if pair.document_id in drawn]
 
 
 # -- training -----------------------------------------------------------------------------------------------------

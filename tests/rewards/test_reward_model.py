@@ -106,6 +106,28 @@ def trained(checkpoint, tokenizer, tmp_path_factory):
     return out, log
 
 
+# -- earlier rounds -----------------------------------------------------------------------------------------------
+
+
+def test_training_pairs_of_earlier_rounds_are_drawn_by_document_and_held_out_ones_stay_out():
+    earlier = [preference(n, GOOD, BAD, pair=pair) for n in range(10) for pair in ("0-1", "0-2")]
+    earlier += [preference(n, GOOD, BAD, split="test") for n in range(10, 20)]
+    own = [preference(n, GOOD, BAD) for n in range(30, 34)]
+    drawn = reward_model.of_earlier_rounds(earlier, own, documents=4, seed=0)
+    assert len(drawn) == 8 and len({pair.document_id for pair in drawn}) == 4
+    assert all(pair.split == "train" for pair in drawn)
+    assert drawn == reward_model.of_earlier_rounds(earlier, own, documents=4, seed=0)
+    assert drawn != reward_model.of_earlier_rounds(earlier, own, documents=4, seed=1)
+    assert len(reward_model.of_earlier_rounds(earlier, own, documents=100, seed=0)) == 20
+    assert reward_model.of_earlier_rounds(earlier, own, documents=0, seed=0) == []
+
+
+def test_a_document_of_an_earlier_round_that_is_held_out_now_is_refused():
+    earlier, own = [preference(3, GOOD, BAD)], [preference(3, GOOD, BAD, split="test", pair="1-2")]
+    with pytest.raises(ValueError, match="1 documents of earlier rounds.*d3"):
+        reward_model.of_earlier_rounds(earlier, own, documents=10, seed=0)
+
+
 # -- rows ---------------------------------------------------------------------------------------------------------
 
 
