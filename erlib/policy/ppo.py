@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from erlib.chain import memory
-from erlib.lm import models, parallel
+from erlib.lm import models
 from erlib.policy import losses, rollouts
 from erlib.policy.multiadapter import MultiAdapter, RewardModel, check_start, require
 from erlib.policy.multiadapter import read_reward_model as read_reward_model
@@ -326,38 +326,13 @@ def train(
     stays for the first `warmup_steps` while the value model learns. KL is in nats per completion. Log row s belongs to
     the policy after s steps; the last one is sampled and judged, too. A killed run goes on from its last whole
     checkpoint, bit for bit on a CPU. The guard's first alarm restores the last good checkpoint at a lower learning
-    rate, the second ends training there. On a CPU the cores share the work (`parallel.together`); under `accelerate
-    launch` every process calls this alike, and the main one writes. Raises RuntimeError where an invariant is broken.
+    rate, the second ends training there. Under `accelerate launch` every process calls this alike, and the main one
+    writes. Raises RuntimeError where an invariant is broken.
     """
     import pandas as pd
-    from peft import PeftModel
 
     ids = [models.encode_prompt(tokenizer, prompt) for prompt in prompts]
-    here: list[PreTrainedModel] = []
-
-    def work() -> tuple[list[dict[str, float]], list[dict[str, Any]]]:
-        policy, log, events = _train(model, tokenizer, ids, reward, out, checkpoints, harness, settings)
-        here.append(policy)
-        return log, events
-
-    log, events = parallel.together(work, device=model.device)
-    # Where other processes did the work, the model of this one is as it was.
-    policy = here[0] if here else PeftModel.from_pretrained(model, out, adapter_name="policy")
-    return Trained(policy, pd.DataFrame(log), events)
-
-
-def _train(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    prompts: list[list[int]],
-    reward: RewardModel,
-    out: Path,
-    checkpoints: Path,
-    harness: Harness,
-    settings: Settings,
-) -> "tuple[PreTrainedModel, list[dict[str, float]], list[dict[str, Any]]]":
-    """What every process does; gives the model with the policy on it, log and events."""
-    run, state, frozen = _open(model, tokenizer, prompts, reward, checkpoints, harness, settings)
+    run, state, frozen = _open(model, tokenizer, ids, reward, checkpoints, harness, settings)
     rng = np.random.default_rng()
     while state.alarms < 2:
         rng.bit_generator.state = state.rng
@@ -382,7 +357,7 @@ def _train(
         _save_policy(run.core, out)
         shutil.rmtree(run.folder)
     run.accelerator.wait_for_everyone()
-    return run.core.model, state.log, state.events
+    return Trained(run.core.model, pd.DataFrame(state.log), state.events)
 
 
 def _open(
@@ -441,7 +416,7 @@ def _look(run: _Run, state: _State, row: dict[str, float], rng: np.random.Genera
     require(not unmoved or not (batch.logprobs - batch.reference).any(), "a policy that has not moved has KL 0")
     due = state.step % settings.upkeep.harness_every == 0 or state.step == settings.steps
     if due and run.accelerator.is_main_process:
-        with run.core.scoring(), parallel.others_wait():
+        with run.core.scoring():
             row |= run.harness(run.core.model)
     return batch
 

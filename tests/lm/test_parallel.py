@@ -116,43 +116,6 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def test_processes_together_know_each_other_and_the_first_one_answers() -> None:
-    def work() -> tuple[int, int, float, int]:
-        import torch.distributed
-
-        torch.distributed.init_process_group("gloo")
-        rank = torch.distributed.get_rank()
-        total = torch.tensor(float(rank + 1))
-        torch.distributed.all_reduce(total)
-        with parallel.others_wait():
-            spare = parallel.cores(CPU)
-        return rank, os.getpid(), total.item(), (torch.get_num_threads(), parallel.cores(CPU), spare)
-
-    rank, pid, total, (threads, own, spare) = parallel.together(work, device=CPU)
-    assert (rank, total) == (0, 6.0)
-    assert pid != os.getpid()
-    assert (threads, own, spare) == (1, 1, 3)
-    assert torch.get_num_threads() == 3 and "WORLD_SIZE" not in os.environ
-    assert not multiprocessing.active_children()
-
-
-def test_the_process_that_fails_first_says_why_and_ends_the_others() -> None:
-    def work() -> None:
-        if os.environ["RANK"] == "1":
-            raise KeyError("the second has no key")
-        signal.pause()
-
-    with pytest.raises(RuntimeError, match="the second has no key"):
-        parallel.together(work, device=CPU)
-    assert not multiprocessing.active_children()
-
-
-def test_one_of_several_processes_and_a_gpu_fork_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert parallel.together(os.getpid, device=torch.device("meta")) == os.getpid()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert parallel.together(os.getpid, device=CPU) == os.getpid()
-
-
 def test_samples_do_not_depend_on_how_many_processes_drew_them() -> None:
     model, tokenizer = models.load("embedded")
     prompts = [f"Document:\nKorvex hires {number} people.\nReport:\n" for number in range(12)]

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -470,18 +470,14 @@ def test_an_honest_improvement_trips_nothing(tmp_path: Path) -> None:
 
 
 def processes_run(folder: Path) -> None:
-    """What is trained below by one process, by two that it forks, and by two that are launched."""
+    """What both launches below train: every batch of the two processes together is that of the one."""
     torch.manual_seed(5)
     reward = reward_model(folder / f"reward-{os.environ.get('RANK', 0)}", torch.randn(1, 32), std=0.2)
-    trained = train(folder, reward, steps=2, warmup_steps=0)
-    assert list(trained.log["step"]) == [0, 1, 2]
-    loaded = PeftModel.from_pretrained(base(), folder / "policy").eval()
-    assert torch.equal(word_probabilities(loaded, "mel"), word_probabilities(trained.model, "mel"))
+    train(folder, reward, steps=2, warmup_steps=0)
 
 
-@pytest.mark.parametrize("how", ["forked", "launched"])
-def test_two_processes_take_the_same_step_as_one(how: str, tmp_path: Path) -> None:
-    command = [sys.executable, __file__, str(tmp_path / "two"), how]
+def test_two_processes_take_the_same_step_as_one(tmp_path: Path) -> None:
+    command = [sys.executable, __file__, str(tmp_path / "two")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(ppo.__file__).parents[2])}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert ended.returncode == 0, ended.stderr[-3000:]
@@ -493,8 +489,4 @@ def test_two_processes_take_the_same_step_as_one(how: str, tmp_path: Path) -> No
 
 
 if __name__ == "__main__":
-    if sys.argv[2] == "launched":
-        debug_launcher(processes_run, (Path(sys.argv[1]),), num_processes=2)
-    else:
-        torch.set_num_threads(2)
-        processes_run(Path(sys.argv[1]))
+    debug_launcher(processes_run, (Path(sys.argv[1]),), num_processes=2)
