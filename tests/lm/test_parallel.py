@@ -97,7 +97,8 @@ def test_no_process_outlives_a_killed_parent() -> None:
 import os, time, torch
 from erlib.lm import parallel
 torch.set_num_threads(2)
-parallel.each(lambda _: (print(os.getpid(), flush=True), time.sleep(600)), range(2), device=torch.device("cpu"))
+# One write each: `print` writes the end of the line by itself, and the other process may come between.
+parallel.each(lambda _: (os.write(1, b"%d\\n" % os.getpid()), time.sleep(600)), range(2), device=torch.device("cpu"))
 """
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     pids = {int(parent.stdout.readline()) for _ in range(2)}
