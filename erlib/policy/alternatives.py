@@ -331,18 +331,9 @@ def draw(
     batch_size: int = 64,
     seed: int = 0,
 ) -> "pd.DataFrame":
-    """Reports of the active policy, `samples` a document: document, text, tokens, finished, reward and kl.
-
-    `kl` is the completion's log-probability under the policy minus that under the start, in nats, both at the
-    temperature of sampling (1 for greedy reports): its mean over samples is the KL without bias (k1; k3 misses the rare
-    tokens that carry much of a large KL). It is 0 for a model without adapters, which is the start itself.
-    """
+    """Reports of the active policy, `samples` a document: document, text, tokens, finished and reward."""
     import pandas as pd
-    from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if not isinstance(model, PeftModel) and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError("this is the inner model of a PeftModel, and its KL cannot be taken: pass the PeftModel")
     asked = [document for document in documents for _ in range(samples)]
     prompts = [short_prompt(document.text) for document in asked]
     written = models.generate(
@@ -356,23 +347,15 @@ def draw(
         stop=(),
     )
     ids = [list(completion.ids) for completion in written]
-    frame = pd.DataFrame(
+    return pd.DataFrame(
         {
             "document": [document.id for document in asked],
             "text": [completion.text for completion in written],
             "tokens": [completion.n_new_tokens for completion in written],
             "finished": [completion.finished for completion in written],
             "reward": score(prompts, ids),
-            "kl": 0.0,
         }
     )
-    if isinstance(model, PeftModel):
-        reading = {"batch_size": batch_size, "temperature": temperature or 1.0}
-        policy = models.completion_logprobs(model, tokenizer, prompts, ids, **reading)
-        with model.disable_adapter():
-            start = models.completion_logprobs(model, tokenizer, prompts, ids, **reading)
-        frame["kl"] = [float(one.sum() - before.sum()) for one, before in zip(policy, start, strict=True)]
-    return frame
 
 
 # -- best of n ----------------------------------------------------------------------------------------------------

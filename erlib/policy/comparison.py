@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 
 from erlib.lm import models
-from erlib.policy import alternatives, losses
+from erlib.lm.packing import Packed, Rollout, last_states, pack, take
+from erlib.policy import alternatives
 from erlib.task import metrics
 
 if TYPE_CHECKING:
@@ -36,30 +38,36 @@ def valued(drawn: "pd.DataFrame", texts: Mapping[str, str], utility: Utility | N
 
 
 def curves(
-    drawn: "Mapping[tuple[str, int], pd.DataFrame]", *, measures: Mapping[str, str], best_of: Sequence[int], seed: int
+    drawn: "Mapping[tuple[str, int], pd.DataFrame]",
+    *,
+    kl: Mapping[tuple[str, int], metrics.Interval],
+    measures: Mapping[str, str],
+    best_of: Sequence[int],
+    seed: int,
 ) -> "pd.DataFrame":
     """What each method gains for its distance: columns method, step, kl (nats), measure, value, low, high.
 
-    One row per method, step and measure, with 95 % intervals over documents; `measures` gives columns their titles.
-    Best-of-n is of the start's samples, n its step, the upper bound of its KL its place.
+    `kl` holds the distance of every method and step from the start (`sampled_kl`), whose own is 0. One row per method,
+    step and measure, with 95 % intervals over documents; `measures` gives columns their titles. Best-of-n is of the
+    start's samples, n its step, the upper bound of its KL its place.
     """
     import pandas as pd
 
     rows = []
 
-    def add(method: str, step: int, frame: "pd.DataFrame", *, kl: float, n: int) -> None:
+    def add(method: str, step: int, frame: "pd.DataFrame", *, nats: float, n: int) -> None:
         for column, title in measures.items():
             values = alternatives.expected_best(frame, column, n=n)
-            rows.append((method, step, kl, title, *metrics.bootstrap_mean(values, seed=seed)))
+            rows.append((method, step, nats, title, *metrics.bootstrap_mean(values, seed=seed)))
 
     start = drawn[START]
     for method in ("best of n", *dict.fromkeys(method for method, _ in drawn if method != START[0])):
-        add(method, START[1], start, kl=start["kl"].mean(), n=1)
+        add(method, START[1], start, nats=0.0, n=1)
     for n in best_of:
-        add("best of n", n, start, kl=alternatives.best_of_n_kl(n), n=n)
+        add("best of n", n, start, nats=alternatives.best_of_n_kl(n), n=n)
     for (method, step), frame in drawn.items():
         if method != START[0]:
-            add(method, step, frame, kl=frame["kl"].mean(), n=1)
+            add(method, step, frame, nats=kl[method, step].value, n=1)
     table = pd.DataFrame(rows, columns=["method", "step", "kl", "measure", "value", "low", "high"])
     return table.sort_values(["method", "measure", "step"], kind="stable", ignore_index=True)
 
@@ -131,9 +139,11 @@ def sampled_kl(
     batch_size: int,
     seed: int,
 ) -> np.ndarray:
-    """KL of a policy from a reference in nats per report, (N,): of one sample at temperature 1 for each of N prompts.
+    """KL of a policy from a reference in nats per report, (N,), at temperature 1: of one sample for each of N prompts.
 
-    The sum over tokens of Schulman's k3, without bias and never negative.
+    At each token of the sample the KL of the two whole distributions, summed over its tokens: without bias, never
+    negative, and of far less variance than what is taken from the sampled tokens alone (2504.10637). The policy may be
+    a `PeftModel` with an adapter switched on.
     """
     sampled = models.generate(
         policy,
@@ -145,10 +155,28 @@ def sampled_kl(
         seed=seed,
         stop=(),
     )
-    ids = [list(completion.ids) for completion in sampled]
-    own = models.completion_logprobs(policy, tokenizer, prompts, ids, batch_size=batch_size)
-    other = models.completion_logprobs(reference, tokenizer, prompts, ids, batch_size=batch_size)
-    return np.array([
-        float(losses.kl_estimates(one.double(), before.double())[1].sum())
-        for one, before in zip(own, other, strict=True)
-    ])  # fmt: skip
+    rows = [
+        Rollout(tuple(models.encode_prompt(tokenizer, prompt)), completion.ids)
+        for prompt, completion in zip(prompts, sampled, strict=True)
+    ]
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index].prompt) + len(rows[index].ids))
+    found = np.empty(len(rows))
+    with models.evaluating(policy), models.evaluating(reference):
+        for start in range(0, len(order), batch_size):
+            some = order[start : start + batch_size]
+            packed = pack([rows[index] for index in some], pad=tokenizer.pad_token_id, dtype=policy.dtype)
+            packed = packed.to(policy.device)
+            own, other = (_distributions(model, packed) for model in (policy, reference))
+            nats = (own.exp() * (own - other)).sum(dim=-1)
+            by_token = torch.zeros_like(packed.mask, dtype=nats.dtype).masked_scatter(packed.mask.bool(), nats)
+            found[some] = by_token.sum(dim=1).cpu().numpy()
+    return found
+
+
+def _distributions(model: "PreTrainedModel", packed: Packed) -> torch.Tensor:
+    """Log-probabilities (tokens, V) of all that could have stood at each completion token, float64."""
+    from peft import PeftModel
+
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    states = take(last_states(inner, packed), packed.before[packed.mask.bool()])
+    return torch.log_softmax(inner.get_output_embeddings()(states).double(), dim=-1)

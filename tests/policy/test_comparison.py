@@ -1,10 +1,12 @@
 """Policies side by side: curves of reward against distance, tables for the diagnosis, costs, and a sampled KL."""
 
+import copy
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from erlib.lm import models
 from erlib.policy import alternatives, comparison
@@ -15,19 +17,23 @@ from erlib.world import pretrain
 MEASURES = {"reward": "reward (deviations)", "utility": "true utility"}
 
 
-def drawn(rewards, *, kl=0.0, worth=1.0):
+def drawn(rewards, *, worth=1.0):
     """Samples with these rewards, a list a document; the true utility is `worth` times the reward."""
     rows = [(f"d{place}", f"report {value}", value) for place, values in enumerate(rewards) for value in values]
     frame = pd.DataFrame(rows, columns=["document", "text", "reward"])
-    return frame.assign(kl=kl, utility=worth * frame["reward"])
+    return frame.assign(utility=worth * frame["reward"])
 
 
 START = drawn([[0.0, 2.0], [1.0, 3.0]])
 POLICIES = {
     ("start", 0): START,
-    ("DPO", 3): drawn([[1.0], [2.0]], kl=0.5),
-    ("DPO", 6): drawn([[2.0, 2.0], [4.0, 2.0]], kl=1.5),
-    ("PPO", 4): drawn([[3.0, 3.0], [3.0, 5.0]], kl=2.0, worth=-1.0),
+    ("DPO", 3): drawn([[1.0], [2.0]]),
+    ("DPO", 6): drawn([[2.0, 2.0], [4.0, 2.0]]),
+    ("PPO", 4): drawn([[3.0, 3.0], [3.0, 5.0]], worth=-1.0),
+}
+KL = {
+    point: metrics.Interval(nats, nats - 0.1, nats + 0.1)
+    for point, nats in {("DPO", 3): 0.5, ("DPO", 6): 1.5, ("PPO", 4): 2.0}.items()
 }
 
 
@@ -35,7 +41,7 @@ POLICIES = {
 
 
 def test_every_curve_starts_at_the_start_and_goes_through_its_points():
-    table = comparison.curves(POLICIES, measures=MEASURES, best_of=[2], seed=0)
+    table = comparison.curves(POLICIES, kl=KL, measures=MEASURES, best_of=[2], seed=0)
     reward = table[table["measure"] == "reward (deviations)"]
     points = {name: line[["step", "kl", "value"]].to_numpy().tolist() for name, line in reward.groupby("method")}
     assert points["DPO"] == [[0, 0.0, 1.5], [3, 0.5, 1.5], [6, 1.5, 2.5]]
@@ -44,7 +50,9 @@ def test_every_curve_starts_at_the_start_and_goes_through_its_points():
 
 
 def test_points_have_the_interval_of_a_mean_over_documents():
-    table = comparison.curves(POLICIES, measures=MEASURES, best_of=[], seed=3).set_index(["method", "step", "measure"])
+    table = comparison.curves(POLICIES, kl=KL, measures=MEASURES, best_of=[], seed=3).set_index(
+        ["method", "step", "measure"]
+    )
     found = table.loc[("DPO", 6, "true utility"), ["value", "low", "high"]].tolist()
     assert found == pytest.approx(list(metrics.bootstrap_mean([2.0, 3.0], seed=3)))
 
@@ -128,7 +136,7 @@ def two():
     return (*made, tokenizer, texts)
 
 
-def test_the_kl_of_a_model_from_itself_is_zero_and_from_another_its_sum_of_k3(two):
+def test_the_kl_of_a_model_from_itself_is_zero_and_from_another_that_of_the_distributions(two):
     one, other, tokenizer, prompts = two
     asking = {"max_new_tokens": 6, "batch_size": 4, "seed": 0}
     assert comparison.sampled_kl(one, one, tokenizer, prompts, **asking).tolist() == [0.0] * len(prompts)
@@ -136,11 +144,26 @@ def test_the_kl_of_a_model_from_itself_is_zero_and_from_another_its_sum_of_k3(tw
     assert found.shape == (len(prompts),)
     assert (found > 0).all()
 
-    sampled = models.generate(
-        one, tokenizer, prompts, temperature=1.0, stop=(), **asking
-    )  # fmt: skip
-    ids = list(sampled[0].ids)
-    (own,) = models.completion_logprobs(one, tokenizer, prompts[:1], [ids])
-    (reference,) = models.completion_logprobs(other, tokenizer, prompts[:1], [ids])
-    ratio = reference.double() - own.double()
-    assert found[0] == pytest.approx(float((ratio.exp() - 1 - ratio).sum()), rel=1e-4)
+    sampled = models.generate(one, tokenizer, prompts, temperature=1.0, stop=(), **asking)
+    for place in (0, len(prompts) - 1):
+        prompt, ids = models.encode_prompt(tokenizer, prompts[place]), list(sampled[place].ids)
+        with torch.no_grad():
+            p, q = (
+                torch.log_softmax(model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double(), dim=-1)
+                for model in (one, other)
+            )
+        assert found[place] == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-4)
+
+
+def test_the_kl_of_a_policy_is_that_of_the_adapter_that_is_on(two):
+    from peft import LoraConfig, get_peft_model
+
+    one, other, tokenizer, prompts = two
+    asking = {"max_new_tokens": 6, "batch_size": 4, "seed": 0}
+    policy = get_peft_model(copy.deepcopy(one), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert comparison.sampled_kl(policy, one, tokenizer, prompts, **asking).max() < 1e-9  # a new adapter adds nothing
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.3)
+    assert comparison.sampled_kl(policy, one, tokenizer, prompts, **asking).min() > 1e-3
