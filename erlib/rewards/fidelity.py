@@ -207,11 +207,12 @@ def calibration_interval(
     """
     confidence, right = _confidence(table, 1.0)
     value = _calibration_error(confidence, right, bins)
-    rows_of = list(pd.Series(range(len(right))).groupby(table.loc[table["label"] != 0, "document_id"].to_numpy()))
+    of = table.loc[table["label"] != 0, "document_id"].to_numpy()
+    rows_of = [rows.to_numpy() for _, rows in pd.Series(range(len(right))).groupby(of)]
     rng = np.random.default_rng(seed)
     resampled = []
     for _ in range(samples):
-        drawn = np.concatenate([rows_of[index][1] for index in rng.integers(len(rows_of), size=len(rows_of))])
+        drawn = np.concatenate([rows_of[index] for index in rng.integers(len(rows_of), size=len(rows_of))])
         resampled.append(_calibration_error(confidence[drawn], right[drawn], bins))
     low, high = 2 * value - np.quantile(resampled, [(1 + level) / 2, (1 - level) / 2])
     return metrics.Interval(value, min(value, max(0.0, float(low))), max(value, float(high)))
