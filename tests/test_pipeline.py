@@ -304,6 +304,28 @@ def test_the_policy_is_confirmed_on_documents_that_its_run_has_not_read(smoke):
     assert compared and not known & {row["document"] for row in compared}
 
 
+# -- held back by default -----------------------------------------------------------------------------------------
+
+
+def of_its_own(phase, runs, notebooks):
+    """Run a phase that reads no other one, and check that its cells show the same when they are run twice."""
+    finished = erlib("--only", phase, runs=runs, notebooks=notebooks)
+    assert finished.returncode in (0, 3), finished.stdout + finished.stderr
+    test_a_cell_that_is_run_twice_shows_the_same(runs / "smoke", phase)
+    return manifest(runs / "smoke", phase)
+
+
+def test_the_base_model_is_trained_from_scratch(tmp_path, notebooks):
+    found = of_its_own("00_base_model", tmp_path, notebooks)
+    assert found["metrics"]["parameters"] > 0
+    models.load(tmp_path / "smoke/00_base_model/model")
+
+
+@pytest.mark.skipif(not (ROOT / ".venv-peer/bin/python").exists(), reason="needs TRL 1.12.0: make peer")
+def test_the_benchmark_measures_both_sides(tmp_path, notebooks):
+    assert of_its_own("13_benchmarks", tmp_path, notebooks)["metrics"]
+
+
 # -- again --------------------------------------------------------------------------------------------------------
 
 
