@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from erlib.documents.corpus import clean
 from erlib.documents.delimited import csv_rows, missing_column
-from erlib.task.jsonl import BadRow, Row, read_jsonl, rows
+from erlib.task.jsonl import BadRow, Row, encoding_of, read_jsonl, rows
 from erlib.task.schema import Brief, Document, Exemplar
 
 SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -88,10 +88,21 @@ def _rows(source: str | Path | Iterable[Mapping[str, Any]], text_column: str, id
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of documents")
     if kind in (".jsonl", ".ndjson"):
+        _refuse_array(path)
         return rows(path)
     if kind == ".parquet":
         return _parquet_rows(path, text_column, id_column)
     return csv_rows(path, text_column=text_column, id_column=id_column)
+
+
+def _refuse_array(path: Path) -> None:
+    """Tell a file that is one JSON array from a file of JSON lines: read as lines, every one of its rows is bad."""
+    with open(path, encoding=encoding_of(path), errors="replace") as file:
+        if re.match(r"\s*\[\s*\{", file.read(1000)):
+            raise ValueError(
+                f"{path}: this is one JSON array, and documents are read one JSON object a line; "
+                f"`jq -c '.[]' {path.name} > documents.jsonl` turns it into such lines"
+            )
 
 
 def _parquet_rows(path: Path, text_column: str, id_column: str) -> Iterator[Row]:
