@@ -268,9 +268,9 @@ def test_a_json_array_is_told_from_json_lines(tmp_path: Path, indent: int | None
     path = tmp_path / "posts.jsonl"
     path.write_text("\ufeff" + json.dumps([{"id": "a", "text": "One."}, {"id": "b", "text": "Two."}], indent=indent))
     with pytest.raises(ValueError, match="one JSON array.*one JSON object a line.*jq -c"):
-        read_documents(path, rejects=tmp_path / "rejects.jsonl")
+        files.read_documents(path, rejects=tmp_path / "rejects.jsonl")
     path.write_text('[1]\n{"id": "a", "text": "One."}\n')  # one bad line is no array
-    assert len(read_documents(path, rejects=tmp_path / "rejects.jsonl", max_reject_share=0.5)) == 1
+    assert len(files.read_documents(path, rejects=tmp_path / "rejects.jsonl", max_reject_share=0.5)) == 1
 
 
 def test_a_csv_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:
