@@ -276,7 +276,7 @@ def test_a_second_run_has_nothing_to_do(runs, notebooks):
 
 
 # 03 and 07 are left out: test_sft and test_ppo show that training repeats bit for bit.
-@pytest.mark.parametrize("phase", [f"round-2/{phase}" for phase in EACH_ROUND[:3]])
+@pytest.mark.parametrize("phase", ["02_corpus", *(f"round-2/{phase}" for phase in EACH_ROUND[:3])])
 def test_a_phase_whose_cells_run_once_makes_the_same_files(runs, smoke, phase):
     before = manifest(smoke, phase)["outputs"]
     forced = erlib("--only", phase, "--force", runs=runs)

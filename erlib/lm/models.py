@@ -207,7 +207,7 @@ def generate(
     def complete(rows: list[int]) -> list[Completion]:
         uniform = None
         if temperature > 0:
-            draws = [np.random.default_rng([*seeds[index]]).random(max_new_tokens) for index in rows]
+            draws = [np.random.default_rng(seeds[index]).random(max_new_tokens) for index in rows]
             uniform = torch.tensor(np.array(draws), device=model.device)
         new = _decode(
             model,

@@ -63,6 +63,13 @@ def pack(rows: Sequence[Rollout], *, pad: int, dtype: torch.dtype) -> Packed:
     return Packed({"input_ids": ids, "attention_mask": bias, "position_ids": positions}, actions, mask, before, at)
 
 
+def causal_lm(model: torch.nn.Module) -> torch.nn.Module:
+    """The causal LM inside a `PeftModel`, its adapters in it, or the model itself."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def last_states(model: torch.nn.Module, packed: Packed) -> torch.Tensor:
     """Last hidden states (B L, H) of a causal LM's backbone on the flattened lines."""
     return model.base_model(**packed.inputs, use_cache=False).last_hidden_state.flatten(0, 1)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from erlib.lm import models
-from erlib.lm.packing import Packed, Rollout, last_states, pack, take
+from erlib.lm.packing import Packed, Rollout, causal_lm, last_states, pack, take
 from erlib.policy import alternatives
 from erlib.task import metrics
 
@@ -175,8 +175,6 @@ def sampled_kl(
 
 def _distributions(model: "PreTrainedModel", packed: Packed) -> torch.Tensor:
     """Log-probabilities (tokens, V) of all that could have stood at each completion token, float64."""
-    from peft import PeftModel
-
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = causal_lm(model)
     states = take(last_states(inner, packed), packed.before[packed.mask.bool()])
     return torch.log_softmax(inner.get_output_embeddings()(states).double(), dim=-1)

@@ -38,7 +38,7 @@ import torch
 from erlib.chain.manifest import write_text
 from erlib.lm import models, parallel
 from erlib.lm.checkpoints import require_merged, save_adapter, training_table
-from erlib.lm.packing import Packed, Rollout, last_states, pack, take, token_logprobs
+from erlib.lm.packing import Packed, Rollout, causal_lm, last_states, pack, take, token_logprobs
 from erlib.task import metrics
 from erlib.task.schema import ASPECTS
 
@@ -363,9 +363,7 @@ def aspect_scores(
 
 def token_scores(model: "PreTrainedModel", packed: Packed) -> torch.Tensor:
     """Score of each completion token by aspect (N, T, A), 0 behind the end, by a model of `load`."""
-    from peft import PeftModel
-
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = causal_lm(model)
     return combine(packed, last_states(inner, packed), unembed=inner.get_output_embeddings(), heads=inner.score)
 
 
