@@ -2,7 +2,7 @@
 
 1. `plan`     what each contest asks, and which of it every annotator answers, in which order;
 2. `write`    the record of what is compared, and the tasks that people are sent, which name no system;
-3. `collect`  the votes: those of a judge at once, or people's from the file of their answers, as many as there are;
+3. `collect`  the votes of a judge, asked at once; those of people come through `kept.ask`;
 4. `results`  what came of each contest; `request` says what people are asked for while votes are missing.
 """
 
@@ -66,14 +66,9 @@ def write(planned: Plan, *, comparisons: Path, tasks: Path) -> None:
     write_jsonl(tasks, blindtest.tasks(planned.queued))
 
 
-def collect(planned: Plan, *, judge: Judge | None = None, answers: str | Path = "") -> list[Vote]:
-    """The votes: of `judge`, asked now, or without one those in the file `answers`, none while there is no file name.
-
-    Raises ValueError for answers that do not fit; see `blindtest.read_answers`.
-    """
-    if judge is not None:
-        return blindtest.ask(planned.queued, judge)
-    return blindtest.read_answers(Path(answers), planned.queued).votes if answers else []
+def collect(planned: Plan, judge: Judge) -> list[Vote]:
+    """The votes of `judge`, asked now."""
+    return blindtest.ask(planned.queued, judge)
 
 
 def request(tasks: str | Path, *, phase: str) -> str:

@@ -2,8 +2,8 @@
 
 A judgement answers a question, and the question is the brief, the document's text and two reports: the same texts
 under the same brief get the same answer wherever they come up again, in whatever order and under whatever id. Phases
-that people work for (05, 09, 10) put what people have judged into one file beside the runs, and take from it before
-they ask. What a program judges does not belong there: it can be asked again, and is not to pass for a person.
+that people work for (05, 08, 09, 10, 14) put what people have judged into one file beside the runs, and take from it
+before they ask. What a program judges does not belong there: it can be asked again, and is not to pass for a person.
 
 History is append-only, every write one transaction that is on disk when it returns, so that any number of phases may
 share the file.
@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from erlib.judgements import annotation, blindtest
+from erlib.judgements import annotation, blindtest, contests
 from erlib.judgements.blindtest import Vote
 from erlib.judgements.contests import Plan
 from erlib.judgements.store import Judgement, State, Store
@@ -128,11 +128,35 @@ def _fill(book: Store, kept: Kept) -> int:
 
 
 class Gathered(NamedTuple):
-    """People's votes in contests, how many were known from before, and rows of the file that answer other questions."""
+    """Votes in contests, how many were wanted, how many of people's were known from before, and rows of their file that
+    answer other questions."""
 
     votes: list[Vote]
-    known: int
-    elsewhere: int
+    wanted: int
+    known: int = 0
+    elsewhere: int = 0
+
+    @property
+    def missing(self) -> int:
+        """Judgements that are still to be given."""
+        return self.wanted - len(self.votes)
+
+    def __str__(self) -> str:
+        said = f"{len(self.votes):,} of {self.wanted:,} judgements"
+        said += f", {self.known:,} of them known from before" if self.known else ""
+        return said + (f"; {self.elsewhere:,} rows of the file answer other questions" if self.elsewhere else "")
+
+
+def ask(
+    planned: Plan, *, judge: blindtest.Judge | None = None, answers: str | Path = "", file: str | Path, brief: Brief
+) -> Gathered:
+    """The votes of contests: of `judge`, asked now, or without one people's, from their `answers` and the kept `file`.
+
+    Raises ValueError for answers that do not fit; see `blindtest.read_answers`.
+    """
+    if judge is not None:
+        return Gathered(contests.collect(planned, judge), planned.wanted)
+    return gather(planned, Kept(file, brief), answers=answers)
 
 
 def gather(planned: Plan, kept: Kept, *, answers: str | Path = "") -> Gathered:
@@ -154,4 +178,4 @@ def gather(planned: Plan, kept: Kept, *, answers: str | Path = "") -> Gathered:
             if owner := name if name in free else next(iter(free), ""):
                 given.add((owner, comparison.id))
                 votes.append(blindtest.vote(comparison, owner, place, known[owner].model_dump()))
-    return Gathered(votes, len(votes) - len(read.votes), read.elsewhere)
+    return Gathered(votes, planned.wanted, len(votes) - len(read.votes), read.elsewhere)

@@ -111,6 +111,31 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+@contextmanager
+def folded(model: torch.nn.Module) -> Iterator[None]:
+    """While it lasts, the LoRA adapters that are on are part of the weights, and cost a forward pass nothing.
+
+    The weights before it come back bit for bit. Quantised ones cannot take an adapter in and stay as they are. In half
+    precision a folded weight is rounded anew: good for sampling, not for log-probabilities that are compared.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and layer.active_adapters]
+    layers = [layer for layer in layers if layer.get_base_layer().weight.is_floating_point()]
+    before = [layer.get_base_layer().weight.data for layer in layers]
+    try:
+        for layer, weight in zip(layers, before, strict=True):
+            with torch.no_grad():
+                changes = [layer.get_delta_weight(name) for name in layer.active_adapters]
+                layer.get_base_layer().weight.data = sum(changes, weight)
+            layer.merged_adapters = [*layer.active_adapters]  # by this peft knows that they are in the weight
+        yield
+    finally:
+        for layer, weight in zip(layers, before, strict=True):
+            layer.get_base_layer().weight.data = weight
+            layer.merged_adapters = []
+
+
 # -- prompts to token ids -----------------------------------------------------------------------------------------
 
 

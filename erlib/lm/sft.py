@@ -129,9 +129,10 @@ def harness(
         figures = {}
         for name, exemplars in sets.items():
             documents = [exemplar.document for exemplar in exemplars]
-            parsed = extract(
-                model, tokenizer, documents, brief=brief, max_new_tokens=max_new_tokens, batch_size=batch_size
-            )
+            with models.folded(model):
+                parsed = extract(
+                    model, tokenizer, documents, brief=brief, max_new_tokens=max_new_tokens, batch_size=batch_size
+                )
             scores = evaluation.evaluated(exemplars, parsed, brief).scores
             figures |= {
                 f"{name}_entity_f1": scores.entity_f1,

@@ -233,16 +233,18 @@ def _rloo_trainer(settings: RLOO, seed: int) -> type:
 
     class Ours(RLOOTrainer):
         def _generate_single_turn(self, prompt_ids: list[list[int]], *_: object) -> list[list[int]]:
-            written = models.generate(
-                self.accelerator.unwrap_model(self.model),
-                self.processing_class,
-                prompt_ids,
-                max_new_tokens=settings.max_new_tokens,
-                batch_size=len(prompt_ids),
-                temperature=settings.temperature,
-                seed=int(np.random.default_rng([seed, self.state.global_step]).integers(2**31)),
-                stop=(),
-            )
+            model = self.accelerator.unwrap_model(self.model)
+            with models.folded(model):
+                written = models.generate(
+                    model,
+                    self.processing_class,
+                    prompt_ids,
+                    max_new_tokens=settings.max_new_tokens,
+                    batch_size=len(prompt_ids),
+                    temperature=settings.temperature,
+                    seed=int(np.random.default_rng([seed, self.state.global_step]).integers(2**31)),
+                    stop=(),
+                )
             return [list(completion.ids) for completion in written]
 
     return Ours
@@ -336,16 +338,17 @@ def draw(
 
     asked = [document for document in documents for _ in range(samples)]
     prompts = [short_prompt(document.text) for document in asked]
-    written = models.generate(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        temperature=temperature,
-        seed=seed,
-        stop=(),
-    )
+    with models.folded(model):
+        written = models.generate(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            temperature=temperature,
+            seed=seed,
+            stop=(),
+        )
     ids = [list(completion.ids) for completion in written]
     return pd.DataFrame(
         {

@@ -7,6 +7,7 @@ prompt are neighbours, a *group*, and stay together: they share the encoding of 
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -86,7 +87,7 @@ def collect(
     size = min(sampling.generation_batch_size, math.ceil(len(ordered) / accelerator.num_processes))
     size = math.ceil(size / sampling.samples) * sampling.samples
     found = []
-    with core.scoring():
+    with core.scoring(), models.folded(core.model):
         for start in range(accelerator.process_index * size, len(ordered), accelerator.num_processes * size):
             shard = ordered[start : start + size]
             written = models.generate(
@@ -123,12 +124,14 @@ def score(
     from torch.nn.utils.rnn import pad_sequence
 
     own = blocks(rows, range(len(rows) // samples), samples, accelerator, batch_size)
+    exact = core.model.dtype == torch.float32  # else a folded weight is another weight
 
     def each(name: str | None, measure: Callable[[list[Rollout]], torch.Tensor]) -> list[torch.Tensor]:
         core.use(name)
         found = []
-        for part in own:
-            found += zip(part, measure([rows[index] for index in part]).cpu(), strict=True)
+        with models.folded(core.model) if exact else nullcontext():
+            for part in own:
+                found += zip(part, measure([rows[index] for index in part]).cpu(), strict=True)
         return [value for _, value in sorted(gather_object(found), key=lambda item: item[0])]
 
     def padded(found: list[torch.Tensor]) -> torch.Tensor:

@@ -307,7 +307,8 @@ def load(
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a merged checkpoint with score heads beside its LM head, a reward adapter if there is one, and tokenizer.
 
-    Without an adapter the heads are random: the start of training. Raises ValueError for an adapter without them.
+    Without an adapter the heads are random: the start of training. An adapter is merged, in float32, for it is here to
+    score. Raises ValueError for an adapter without heads.
     """
     from peft import PeftModel
     from safetensors import safe_open
@@ -322,7 +323,8 @@ def load(
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         if not any(name.endswith("score.weight") for name in file.keys()):  # noqa: SIM118 - not a dict
             raise ValueError(f"{adapter} has no score head, its scores would be random: train it with {__name__}.train")
-    return PeftModel.from_pretrained(model, adapter).eval(), tokenizer
+    with_adapter = PeftModel.from_pretrained(model, adapter).eval()
+    return with_adapter.merge_and_unload() if dtype == "float32" else with_adapter, tokenizer
 
 
 def score(*args: Any, **settings: Any) -> np.ndarray:

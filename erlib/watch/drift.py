@@ -23,6 +23,7 @@ a direction the less, the more it varies from one stretch of a stationary stream
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -195,9 +196,28 @@ def mmd(x: np.ndarray, y: np.ndarray, *, width: float | None = None) -> float:
 
     `width` is the kernel's; left out, it is the `bandwidth` of x.
     """
-    width = width or bandwidth(x)
-    within = [(kernel(z, z, width).sum() - len(z)) / (len(z) * (len(z) - 1)) for z in (x, y)]
-    return float(within[0] + within[1] - 2 * kernel(x, y, width).mean())
+    reference = np.asarray(x, dtype=float).tobytes(), x.shape
+    width = width or _width(*reference)
+    return _within(*reference, width) + _mean_within(y, width) - float(2 * kernel(x, y, width).mean())
+
+
+def _mean_within(x: np.ndarray, width: float) -> float:
+    """Mean of the kernel over all pairs of different rows."""
+    return float((kernel(x, x, width).sum() - len(x)) / (len(x) * (len(x) - 1)))
+
+
+# What a watch needs of its reference is the same for every window: computed once for the bytes of an array.
+_KEPT = 4
+
+
+@lru_cache(_KEPT)
+def _width(data: bytes, shape: tuple[int, ...]) -> float:
+    return bandwidth(np.frombuffer(data).reshape(shape))
+
+
+@lru_cache(_KEPT)
+def _within(data: bytes, shape: tuple[int, ...], width: float) -> float:
+    return _mean_within(np.frombuffer(data).reshape(shape), width)
 
 
 class Tested(NamedTuple):
@@ -468,7 +488,7 @@ class Watching:
     reference_windows: int = 6  # that windows are compared with: as many, and what differs is mostly the window's
     story_block: int = 20  # a run in which stories change, for `burst_weights`
     draws: int = 400  # windows without drift that thresholds come from: 20 of them above a rate of 0.05
-    rate: float = 0.05  # share of the windows without drift that may raise an alarm
+    rate: float = 0.05  # share of the windows without drift that thresholds let alarm
     seed: int = 0  # of the draws
 
 

@@ -28,9 +28,11 @@ SHORTER = 2 / 3  # of the documents of each kind; the others are long
 
 
 class Sizes(NamedTuple):
-    """Sizes of the control: documents of a stretch and of a window, windows of `structure` and `serving`."""
+    """Sizes of the control: documents to calibrate on (to fit on half as many), to check on, of a window; windows of
+    `structure` and `serving`."""
 
     stretch: int
+    checked: int
     window: int
     changed_windows: int
 
@@ -43,10 +45,10 @@ def held_out_topics(n: int) -> list[str]:
 def control(brief: Brief, sizes: Sizes, *, held_out: Collection[str], seed: int) -> dict[str, list[Document]]:
     """Documents, cleaned, of a stationary stream in their order (fit, calibrate, check) and of each of `CHANGES`."""
     world = World(seed=seed + OTHER_STORIES, brief=brief, drift=0)
-    stretch, window = sizes.stretch, sizes.window
-    samples = world.stream(round((2.5 * stretch + CONTROL_WINDOWS * window) / 0.7))  # 0.7: some are held out
+    window = sizes.window
+    borders = np.cumsum([0, sizes.stretch // 2, sizes.stretch, sizes.checked]).tolist()
+    samples = world.stream(round((borders[-1] + CONTROL_WINDOWS * window) / 0.7))  # 0.7: some are held out
     known = [sample for sample in samples if sample.truth.topic not in held_out]
-    borders = [0, stretch // 2, stretch // 2 + stretch, stretch // 2 + 2 * stretch]
     parts = {name: known[borders[n] : borders[n + 1]] for n, name in enumerate(("fit", "calibrate", "check"))}
     none = known[borders[-1] :]
     changed = sizes.changed_windows * window

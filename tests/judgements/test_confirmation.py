@@ -73,7 +73,7 @@ def test_results_are_counted_for_each_run_and_for_all_of_them(runs):
         def __call__(self, annotator, document, a, b, *, position=0):
             return {"entities": 2 if len(a) > len(b) else -2, "relationships": 0, "summaries": 0}
 
-    votes = contests.collect(planned, judge=Longer())
+    votes = contests.collect(planned, Longer())
     found = confirmation.by_run(planned, votes, contest, finished)
     assert {name: (r.wins, r.ties, r.losses) for name, r in found.items()} == {
         "tiny": (2, 0, 0), "tiny 2": (1, 1, 0), "all runs": (3, 1, 0),

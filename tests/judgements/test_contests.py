@@ -1,12 +1,15 @@
 """Contests: several at once ask what the blind test asks of two systems, and people's answers find their own."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from erlib.judgements import blindtest, contests
+from erlib.documents import files
+from erlib.judgements import blindtest, contests, kept
 from erlib.task.schema import ASPECTS, Document, Entity, Report
 
+BRIEF = files.read_brief(Path(__file__).parents[2] / "params/brief.yml")
 ANNOTATORS = ["anna", "ben"]
 CONTESTS = [("PPO", "SFT"), ("DPO", "SFT"), ("PPO", "DPO")]
 
@@ -56,12 +59,12 @@ def test_every_contest_is_judged_by_each_annotator_in_turn():
 
 def test_a_judge_s_votes_settle_each_contest_for_its_first_system():
     found = planned()
-    votes = contests.collect(found, judge=prefers("grid", "sun"))
+    votes = contests.collect(found, prefers("grid", "sun"))
     assert len(votes) == found.wanted
     results = contests.results(found, votes)
     assert {contest: (r.wins, r.ties, r.losses) for contest, r in results.items()} == dict.fromkeys(CONTESTS, (6, 0, 0))
     assert {len(contests.votes_of(votes, contest)) for contest in CONTESTS} == {12}
-    assert contests.results(found, contests.collect(found, judge=prefers("sun", "grid")))["PPO", "DPO"].losses == 6
+    assert contests.results(found, contests.collect(found, prefers("sun", "grid")))["PPO", "DPO"].losses == 6
     assert list(contests.named(results)) == ["PPO against SFT", "DPO against SFT", "PPO against DPO"]
 
 
@@ -69,7 +72,7 @@ def test_an_aspect_is_settled_on_its_own():
     def judge(annotator, document, a, b, *, position):
         return {"entities": 0, "relationships": 2 * ("grid" in a) - 1, "summaries": 2 * ("grid" in b) - 1}
 
-    votes = contests.collect(planned(), judge=judge)
+    votes = contests.collect(planned(), judge)
     assert contests.results(planned(), votes)["PPO", "SFT"].ties == 6
     assert contests.results(planned(), votes, aspect="relationships")["PPO", "SFT"].wins == 6
     assert contests.results(planned(), votes, aspect="summaries")["PPO", "SFT"].losses == 6
@@ -79,7 +82,7 @@ def test_systems_that_write_the_same_tie_and_their_contests_stay_apart():
     found = planned(dpo="grid")
     assert found.asked["PPO", "DPO"].comparisons == []
     assert len({comparison.id for comparison in found.comparisons}) == len(found.comparisons) == 12
-    results = contests.results(found, contests.collect(found, judge=prefers("grid")))
+    results = contests.results(found, contests.collect(found, prefers("grid")))
     assert (results["PPO", "DPO"].ties, results["PPO", "SFT"].wins, results["DPO", "SFT"].wins) == (6, 6, 6)
 
 
@@ -101,11 +104,17 @@ def test_people_answer_the_file_of_tasks_and_what_is_missing_is_known(tmp_path, 
     assert len(tasks) == found.wanted
     assert not any(name in json.dumps(task) for task in tasks for name in ("PPO", "DPO", "SFT"))
 
-    assert contests.collect(found) == []
+    asking = {"file": tmp_path / "kept.sqlite", "brief": BRIEF}
+    nobody = kept.ask(found, **asking)
+    assert nobody.votes == [] and nobody.missing == found.wanted
     file = tmp_path / "answers.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in answers(tasks)[:-3]))
-    votes = contests.collect(found, answers=file)
-    assert found.wanted - len(votes) == 3
+    gathered = kept.ask(found, answers=file, **asking)
+    votes = gathered.votes
+    assert gathered.missing + gathered.known == 3  # the same two texts in another contest are known
+    again = kept.ask(found, **asking)
+    assert (again.missing, again.known) == (gathered.missing, len(votes))
+    assert str(again) == f"{len(votes)} of {found.wanted} judgements, {len(votes)} of them known from before"
     assert all(vote.preferred() == vote.a_system for vote in votes)
     places = {contest: len(contests.votes_of(votes, contest)) for contest in CONTESTS}
     assert sum(places.values()) == len(votes)

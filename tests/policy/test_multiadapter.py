@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from erlib.lm import models
 from erlib.lm.packing import Rollout, pack
 from erlib.policy.multiadapter import MultiAdapter, RewardModel, check_start, read_reward_model
 from erlib.rewards import reward_model
@@ -226,3 +227,22 @@ def test_dropout_is_off_for_good(tmp_path: Path) -> None:
     core = MultiAdapter(model, Tokens(), reward, lora_rank=4, lora_alpha=8, temperature=1.0, seed=0)
     core.model.train()
     assert torch.equal(core.logprobs(rollouts())[0], core.logprobs(rollouts())[0])
+
+
+def test_a_folded_adapter_says_the_same_and_leaves_the_weights_as_they_were(core: MultiAdapter) -> None:
+    disturb_policy(core)
+    before = {name: tensor.clone() for name, tensor in core.model.state_dict().items()}
+    ids = torch.tensor([[3, 7, 5, 11]])
+    with core.scoring():
+        for name in ("policy", "reward", None):
+            core.use(name)
+            wanted = core.model(input_ids=ids).logits
+            with models.folded(core.model):
+                assert close(core.model(input_ids=ids).logits, wanted)
+                changed = [not torch.equal(core.model.state_dict()[key], before[key]) for key in before]
+                assert any(changed) == (name is not None)
+            assert torch.equal(core.model(input_ids=ids).logits, wanted)
+        core.use("policy")
+        with pytest.raises(KeyError), models.folded(core.model):
+            raise KeyError
+    assert all(torch.equal(tensor, before[name]) for name, tensor in core.model.state_dict().items())

@@ -272,11 +272,11 @@ def test_a_score_does_not_depend_on_batch_neighbours_or_order(checkpoint, traine
 def test_a_score_is_the_sum_of_head_and_log_probability_over_the_tokens(checkpoint, trained):
     """Against the plain forward of one sequence, unpadded."""
     model, tokenizer = reward_model.load(checkpoint, trained[0])
-    inner, prompt = model.get_base_model(), PREFERENCES[0].prompt
+    prompt = PREFERENCES[0].prompt
     start, end = models.encode_prompt(tokenizer, prompt), models.encode_completion(tokenizer, GOOD)
     with torch.no_grad():
         out = model(input_ids=torch.tensor([[*start, *end]]), output_hidden_states=True)
-        head = inner.score(out.hidden_states[-1][0, len(start) :]).sum(dim=0)
+        head = model.score(out.hidden_states[-1][0, len(start) :]).sum(dim=0)
         spread = out.logits[0, len(start) - 1 : -1].log_softmax(-1)
         likely = spread.gather(1, torch.tensor(end)[:, None]).sum()
     wanted = (head / 8 + 0.2 / 3 * likely).tolist()

@@ -11,7 +11,7 @@ from erlib.world import drifted
 from erlib.world.stream import World
 
 BRIEF = files.read_brief(Path(__file__).parents[2] / "params/brief.yml")
-SIZES = drifted.Sizes(stretch=60, window=10, changed_windows=2)
+SIZES = drifted.Sizes(stretch=60, checked=90, window=10, changed_windows=2)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def kinds(documents):
 
 def test_the_stationary_stream_is_in_order_of_time_and_its_parts_do_not_meet(parts, held_out):
     stationary = [*parts["fit"], *parts["calibrate"], *parts["check"], *parts["none"]]
-    assert [len(parts[name]) for name in ("fit", "calibrate", "check")] == [30, 60, 60]
+    assert [len(parts[name]) for name in ("fit", "calibrate", "check")] == [30, 60, 90]
     stretches.require_dated(stationary)
     assert len({document.id for document in stationary}) == len(stationary)
     assert not set(topics(stationary)) & set(held_out)
