@@ -90,12 +90,14 @@ def report(
 
 @app.command()
 def results(
-    folder: Run,
+    folders: Annotated[
+        list[Path], typer.Argument(help="folders of runs, such as runs/default", file_okay=False, exists=True)
+    ],
     out: Annotated[
         Path | None, typer.Option(help="Markdown file to write; default: the screen", dir_okay=False)
     ] = None,
 ) -> None:
-    """Write a run's results as Markdown tables, from its manifests alone.
+    """Write a run's results as Markdown tables, from its manifests alone; of several runs, such as seeds, side by side.
 
     Exit status: 0 written, 2 no phase there.
     """
@@ -103,7 +105,8 @@ def results(
     from erlib.chain.manifest import write_text
 
     try:
-        text = results.markdown(folder.resolve())
+        found = [folder.resolve() for folder in folders]
+        text = results.markdown(found[0]) if len(found) == 1 else results.comparison(found)
     except RunError as error:
         typer.secho(str(error), fg="red", err=True)
         raise typer.Exit(2) from None

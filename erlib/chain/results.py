@@ -1,6 +1,7 @@
-"""A run's results as Markdown, written from its manifests alone: no figure is copied by hand."""
+"""The results of a run as Markdown, or of several runs, from manifests alone: no figure is copied by hand."""
 
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ CONFIRMED = [
 ]
 
 Manifest = Mapping[str, Any]
+MARK = {outcome: mark[:1] for outcome, mark in tables.MARKS.items()}
 
 
 def markdown(folder: Path) -> str:
@@ -35,11 +37,7 @@ def markdown(folder: Path) -> str:
 
     Raises RunError where no phase has a manifest.
     """
-    found = {path.relative_to(folder).as_posix(): read_manifest(path) or {} for path in pages.phases(folder)}
-    if not found:
-        raise RunError(
-            f"{folder}: no phase with a manifest; run it first: python -m erlib run params/{folder.name}.yml"
-        )
+    found = _read(folder)
     manifests = list(found.values())
     parts = [
         f"# Results of the run `{folder.name}`",
@@ -55,6 +53,15 @@ def markdown(folder: Path) -> str:
         _provenance(manifests),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _read(folder: Path) -> dict[str, Manifest]:
+    found = {path.relative_to(folder).as_posix(): read_manifest(path) or {} for path in pages.phases(folder)}
+    if not found:
+        raise RunError(
+            f"{folder}: no phase with a manifest; run it first: python -m erlib run params/{folder.name}.yml"
+        )
+    return found
 
 
 def headlines(found: Mapping[str, Manifest]) -> list[tuple[str, dict[str, Any] | None]]:
@@ -152,6 +159,97 @@ def _provenance(manifests: Sequence[Manifest]) -> str:
         if installed:
             lines.append((name, ", ".join(installed)))
     return _table(lines)
+
+
+# -- several runs, such as those of several seeds ------------------------------------------------------------------
+
+
+def comparison(folders: Sequence[Path]) -> str:
+    """Write the results of several runs side by side: headlines with mean, median and range, every gate, seconds.
+
+    Raises RunError where a run has no phase with a manifest.
+    """
+    runs = {folder.name: _read(folder) for folder in folders}
+    every = [each for found in runs.values() for each in found.values()]
+    commands = " ".join(f"runs/{name}" for name in runs)
+    parts = [
+        f"# Results of {len(runs)} runs",
+        f"Written by `python -m erlib results {commands}` from the manifests of their phases.",
+        _simulated(every),
+        "A check is ✓ met where its whole 95 % interval lies on the right side of the target, ✗ missed where all of it "
+        "lies on the wrong side, ○ undecided between. Only a missed gate stops a run.",
+        "## Headline",
+        _beside(runs, _headline_checks(runs)),
+        "## Gates",
+        _beside(runs, _gates(runs)),
+        "## Seconds",
+        _seconds(runs),
+        "## Where it was measured",
+        _table([("run", "seed", "device", "commit (+: with changes)"), *(_origin(*run) for run in runs.items())]),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _headline_checks(runs: Mapping[str, Mapping[str, Manifest]]) -> list[tuple[str, str]]:
+    """The headlines that any run has, by label and check."""
+    found = [(label, row["check"]) for each in runs.values() for label, row in headlines(each) if row]
+    return list(dict.fromkeys(found))
+
+
+def _gates(runs: Mapping[str, Mapping[str, Manifest]]) -> list[tuple[str, str]]:
+    """Every gate of any run, by label and check, in the order of the phases."""
+    found = [
+        (label, row["check"])
+        for each in runs.values()
+        for label, manifest in each.items()
+        for row in manifest["verdict"]
+        if row["gate"]
+    ]
+    order = {label: place for place, label in enumerate(_labels(runs))}
+    return sorted(dict.fromkeys(found), key=lambda item: order[item[0]])
+
+
+def _labels(runs: Mapping[str, Mapping[str, Manifest]]) -> list[str]:
+    """The phases of all runs, in the order of the run that has most."""
+    longest = max(runs.values(), key=len)
+    return list(dict.fromkeys([*longest, *(label for each in runs.values() for label in each)]))
+
+
+def _beside(runs: Mapping[str, Mapping[str, Manifest]], wanted: Sequence[tuple[str, str]]) -> str:
+    lines = [("phase", "check", "target", *runs, "mean", "median", "lowest to highest")]
+    for label, check in wanted:
+        rows = [
+            next((row for row in each[label]["verdict"] if row["check"] == check), None) if label in each else None
+            for each in runs.values()
+        ]
+        values = [row["value"] for row in rows if row and isinstance(row["value"], int | float)]
+        target = next(row["target"] for row in rows if row) or ""
+        cells = (f"{MARK[row['outcome']]} {tables.number(row['value'], check)}".strip() if row else "" for row in rows)
+        lines.append((label, check, target, *cells, *_summary(values, check)))
+    return _table(lines)
+
+
+def _summary(values: Sequence[float], check: str) -> tuple[str, str, str]:
+    if len(values) < 2:
+        return "", "", ""
+    mean, median = (tables.number(measure(values), check) for measure in (statistics.mean, statistics.median))
+    return mean, median, f"{tables.number(min(values), check)} to {tables.number(max(values), check)}"
+
+
+def _seconds(runs: Mapping[str, Mapping[str, Manifest]]) -> str:
+    lines = [("phase", *runs)]
+    for label in _labels(runs):
+        lines.append((label, *(f"{each[label]['seconds']:,.0f}" if label in each else "" for each in runs.values())))
+    totals = (f"{sum(manifest['seconds'] for manifest in each.values()):,.0f}" for each in runs.values())
+    return _table([*lines, ("all", *totals)])
+
+
+def _origin(name: str, found: Mapping[str, Manifest]) -> tuple[str, ...]:
+    distinct = {key: dict.fromkeys(str(each[key]) for each in found.values()) for key in ("seed", "device", "commit")}
+    return name, *map(", ".join, distinct.values())
+
+
+# -- pieces of tables ----------------------------------------------------------------------------------------------
 
 
 def _round(label: str) -> str:

@@ -1,6 +1,7 @@
 """Results: Markdown from manifests alone, rounds side by side, what is missing said."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,27 @@ def test_the_command_writes_a_file_or_says_that_there_is_no_run(folder: Path) ->
     ended = CliRunner().invoke(app, ["results", str(empty)])
     assert ended.exit_code == 2
     assert "no phase with a manifest; run it first" in ended.output
+
+
+def test_several_runs_stand_side_by_side_with_mean_median_and_range(folder: Path) -> None:
+    for name, ratio in (("other", 1.5), ("third", 2.4)):
+        again = folder.with_name(name)
+        shutil.copytree(folder, again)
+        path = again / "10_blind_test/manifest.json"
+        manifest = json.loads(path.read_text()) | {"seed": ratio, "seconds": 60.0}
+        manifest["verdict"][0] |= run.check("documents won to lost", ratio, target=">= 2")._asdict()
+        path.write_text(json.dumps(manifest))
+    shutil.rmtree(folder.with_name("third") / "03_sft")
+    runs = [folder, folder.with_name("other"), folder.with_name("third")]
+    ended = CliRunner().invoke(app, ["results", *map(str, runs)])
+    assert ended.exit_code == 0
+    lines = ended.output.splitlines()
+    assert "# Results of 3 runs" in lines
+    assert "| phase | check | target | tiny | other | third | mean | median | lowest to highest |" in lines
+    won = "| 10_blind_test | documents won to lost | >= 2 | ✓ 3 | ✗ 1.5 | ✓ 2.4 | 2.3 | 2.4 | 1.5 to 3 |"
+    assert lines.count(won) == 2  # a headline and a gate
+    assert "| 03_sft | share of the entity gap closed | >= 0.8 | ○ 0.9 | ○ 0.9 |  | 0.9 | 0.9 | 0.9 to 0.9 |" in lines
+    early = next(line for line in lines if line.startswith("| round-1/06_reward_model | held-out accuracy"))
+    assert early.endswith("| 0.755 | 0.755 | 0.755 to 0.755 |")  # a gate of every round, the headline of the last
+    assert "| 03_sft | 2,001 | 2,001 |  |" in lines
+    assert "| other | 0, 1.5 | cpu, 2 cores | abc123 |" in lines
