@@ -61,7 +61,7 @@ def environment(*, allow_download: bool = False) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # without it `import litellm` opens a connection
         "TOKENIZERS_PARALLELISM": "false",
-        # Nothing here is compiled; bitsandbytes would load the compiler while it is imported, a fifth of a kernel's start.
+        # Nothing here is compiled, and bitsandbytes would load the compiler at import: a fifth of a kernel's start.
         "TORCHDYNAMO_DISABLE": "1",
         "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's python3 kernel, not the user's
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
