@@ -75,6 +75,26 @@ def last_states(model: torch.nn.Module, packed: Packed) -> torch.Tensor:
     return model.base_model(**packed.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
+def next_logits(model: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """Next-token logits (N, V) of a causal LM from last hidden states (N, H) of its backbone.
+
+    The model's own code makes them, given the states in place of its backbone: some models do more than apply the LM
+    head, such as soft caps in Gemma 2 and 3 and scales in Granite and Cohere.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+    given = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])
+    backbone = model.base_model
+    own = vars(backbone).get("forward")  # where something has wrapped it
+    backbone.forward = lambda *_, **__: given
+    try:
+        return model(use_cache=False).logits[0]
+    finally:
+        del backbone.forward
+        if own is not None:
+            backbone.forward = own
+
+
 def take(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Rows (…, H) of `states` (L, H) at some places (…).
 
@@ -85,14 +105,19 @@ def take(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 def token_logprobs(
-    packed: Packed, states: torch.Tensor, unembed: torch.nn.Module, *, temperature: float = 1.0, entropy: bool = False
+    model: torch.nn.Module,
+    packed: Packed,
+    states: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability (N, T) of each completion token under softmax(logits / temperature), and entropy if asked.
 
-    `states` (B L, H) are of `last_states`, `unembed` is the LM head.
+    `states` (B L, H) are the causal LM's, from `last_states`.
     """
     real = packed.mask.bool()
-    logits = unembed(take(states, packed.before[real]))
+    logits = next_logits(model, take(states, packed.before[real]))
     spread = torch.log_softmax(logits.float() / temperature, dim=-1)
     chosen = spread.gather(1, packed.actions[real][:, None]).squeeze(1)
     zeros = torch.zeros_like(packed.mask)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from erlib.lm import models
-from erlib.lm.packing import Packed, Rollout, causal_lm, last_states, pack, take
+from erlib.lm.packing import Packed, Rollout, causal_lm, last_states, next_logits, pack, take
 from erlib.policy import alternatives
 from erlib.task import metrics
 
@@ -177,4 +177,4 @@ def _distributions(model: "PreTrainedModel", packed: Packed) -> torch.Tensor:
     """Log-probabilities (tokens, V) of all that could have stood at each completion token, float64."""
     inner = causal_lm(model)
     states = take(last_states(inner, packed), packed.before[packed.mask.bool()])
-    return torch.log_softmax(inner.get_output_embeddings()(states).double(), dim=-1)
+    return torch.log_softmax(next_logits(inner, states).double(), dim=-1)

@@ -146,15 +146,13 @@ class MultiAdapter:
     def _states(self, packed: Packed) -> torch.Tensor:
         return last_states(self.model.get_base_model(), packed)
 
-    @property
-    def _unembed(self) -> torch.nn.Module:
-        return self.model.get_base_model().get_output_embeddings()
-
     def logprobs(self, rows: Sequence[Rollout], *, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability (N, T) of each completion token under softmax(logits / temperature), and entropy if asked."""
         packed = self.pack(rows)
         states = self._states(packed)
-        return token_logprobs(packed, states, self._unembed, temperature=self.temperature, entropy=entropy)
+        return token_logprobs(
+            self.model.get_base_model(), packed, states, temperature=self.temperature, entropy=entropy
+        )
 
     def values(self, rows: Sequence[Rollout]) -> torch.Tensor:
         """Value of the state before each completion token (N, T)."""
@@ -165,7 +163,7 @@ class MultiAdapter:
         """Raw score of each completion token (N, T), 0 behind the end (`reward.combine`); their sum is the reward."""
         packed = self.pack(rows)
         head = partial(torch.nn.functional.linear, weight=self.reward_head)
-        return combine(packed, self._states(packed), unembed=self._unembed, heads=head).squeeze(2)
+        return combine(self.model.get_base_model(), packed, self._states(packed), heads=head).squeeze(2)
 
 
 def require(holds: bool, invariant: str) -> None:

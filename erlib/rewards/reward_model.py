@@ -366,15 +366,15 @@ def aspect_scores(
 def token_scores(model: "PreTrainedModel", packed: Packed) -> torch.Tensor:
     """Score of each completion token by aspect (N, T, A), 0 behind the end, by a model of `load`."""
     inner = causal_lm(model)
-    return combine(packed, last_states(inner, packed), unembed=inner.get_output_embeddings(), heads=inner.score)
+    return combine(inner, packed, last_states(inner, packed), heads=inner.score)
 
 
 def combine(
-    packed: Packed, states: torch.Tensor, *, unembed: torch.nn.Module, heads: Callable[[torch.Tensor], torch.Tensor]
+    model: torch.nn.Module, packed: Packed, states: torch.Tensor, *, heads: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Token scores (N, T, A) from the adapted backbone's last hidden states (B L, H), its LM head and A score heads."""
+    """Token scores (N, T, A) from the adapted LM, its backbone's last hidden states (B L, H) and A score heads."""
     own = heads(take(states, packed.at).float()) * packed.mask[..., None]
-    likely = token_logprobs(packed, states, unembed)[0][..., None]
+    likely = token_logprobs(model, packed, states)[0][..., None]
     return HEAD * own + LIKELIHOOD / own.shape[-1] * likely
 
 

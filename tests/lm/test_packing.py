@@ -1,8 +1,9 @@
 """Packed lines: what is taken from them more than once. How they are laid out is tested with their readers."""
 
+import pytest
 import torch
 
-from erlib.lm.packing import take
+from erlib.lm.packing import Rollout, last_states, next_logits, pack, take, token_logprobs
 
 
 def gradient(read):
@@ -25,3 +26,53 @@ def test_rows_are_those_of_indexing_and_gradients_the_same_bits_every_time():
         assert all(torch.equal(gradient(take), first) for _ in range(10))
     finally:
         torch.set_num_threads(threads)
+
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+KINDS = {
+    "llama": {},
+    "qwen3": {},
+    "mistral": {},
+    "phi3": {},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    "gemma2": {"final_logit_softcapping": 2.0},  # these do more to their logits than apply the head
+    "gemma3_text": {"final_logit_softcapping": 2.0},
+    "granite": {"logits_scaling": 4.0},
+    "cohere": {"logit_scale": 0.3},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_probabilities_are_the_model_s_own_whatever_it_does_to_its_logits(kind):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE | KINDS[kind])).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    prompt, completions = (5, 9, 11, 3), [(7, 8, 2), (40, 2)]
+    rows = [Rollout(prompt, ids) for ids in completions]
+    with torch.no_grad():
+        packed = pack(rows, pad=0, dtype=torch.float32)
+        found, _ = token_logprobs(model, packed, last_states(model, packed))
+        for line, ids in enumerate(completions):
+            logits = model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+            wanted = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+            assert torch.allclose(found[line, : len(ids)], wanted, atol=1e-4)
+    states = torch.randn(3, 32, requires_grad=True)
+    next_logits(model, states).sum().backward()
+    assert states.grad.abs().sum() > 0
+    assert "forward" not in vars(model.base_model)  # the backbone is its own again
