@@ -29,7 +29,7 @@ test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)
 	$(VENV)/bin/ruff check --no-cache .
 	$(VENV)/bin/ruff format --check --no-cache .
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile $(PYTEST)
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 lab: $(STAMP)
 	$(VENV)/bin/jupyter lab --ServerApp.root_dir=.

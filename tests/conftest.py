@@ -12,6 +12,11 @@ os.environ.update(environment())  # before any test imports a hub library
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run kernels beside pytest on the same cores
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The whole chain first: it takes as long as all the rest, which the other worker does meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+
+
 def write_notebook(path: Path, *cells: str, prose: str = "") -> Path:
     """Write a notebook of code cells, the first of them tagged `parameters`, behind a cell of prose, if any."""
     code = [
