@@ -13,7 +13,7 @@ from typing import Any
 import json_repair
 from pydantic import BaseModel, ValidationError
 
-from erlib.task.forms import collect
+from erlib.task.forms import collect, quote
 from erlib.task.schema import Brief, Defect, Entity, Parsed, Relationship
 
 _KEYS = ("entities", "relationships")
@@ -42,7 +42,7 @@ def parse_json(text: str, *, brief: Brief | None = None, document: str | None = 
     rows = {key: list(_rows(found.get(key), key, unparsable, repairs)) for key in _KEYS}
     entities, relationships = _reconciled(rows["entities"], rows["relationships"], brief, repairs)
     report, defects = collect(entities, relationships, unparsable, brief=brief, document=document)
-    return Parsed(report, (*defects, *(Defect("repaired", repair[:500]) for repair in sorted(repairs))))
+    return Parsed(report, (*defects, *(Defect("repaired", quote(repair)) for repair in sorted(repairs))))
 
 
 # -- which part is the answer -------------------------------------------------------------------------------------

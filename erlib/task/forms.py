@@ -147,10 +147,10 @@ def collect(
             if known_relationships is not None and relationship.type not in known_relationships:
                 defects.append(Defect("unknown_type", relationship.type))
     report = Report(entities=tuple(kept.values()), relationships=tuple(linked.values()))
-    return Parsed(report, tuple(Defect(defect.kind, _quote(defect.detail)) for defect in defects))
+    return Parsed(report, tuple(Defect(defect.kind, quote(defect.detail)) for defect in defects))
 
 
-def _quote(text: str, limit: int = 500) -> str:
+def quote(text: str, limit: int = 500) -> str:
     """The start of a text, with lone surrogates written out, so that a defect can always be saved as UTF-8."""
     return text[:limit].encode("utf-8", "backslashreplace").decode()
 
