@@ -169,7 +169,7 @@ class Training:
     learning_rate: float = 2e-4  # peak; falls by a cosine. What is usual for LoRA on LMs of any size
     warmup_share: float = 0.05  # of the steps
     lora_rank: int = 64  # of every linear layer's adapter; its alpha is twice that. 16 is enough for 7 B parameters
-    points: int = 5  # measurements with harness and validation loss, after the one before training
+    points: int = 3  # measurements with harness and validation loss, after the one before training
     bf16: bool = False  # mixed precision: on a GPU
     gradient_checkpointing: bool = False  # less memory for a third more time: on a GPU
     seed: int = 0  # of the adapter's first weights and of the order of rows
