@@ -7,6 +7,7 @@ last complete line of the reports says where to go on: all up to it is done, rej
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.context
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -237,8 +239,18 @@ def open_pool(model: Path, work: Work, *, brief: Brief | None = None) -> Process
     """Processes that open the model when they start, each with its share of the cores."""
     threads = max(1, (os.cpu_count() or 1) // work.workers)
     given = (model, work.engine, work.batch_size, threads, brief)
-    spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(work.workers, mp_context=spawn, initializer=_open, initargs=given)
+    return ProcessPoolExecutor(work.workers, mp_context=processes(), initializer=_open, initargs=given)
+
+
+@cache
+def processes() -> multiprocessing.context.ForkServerContext:
+    """What starts workers: forks of a process that has imported what they need, and nothing else of this one.
+
+    A fork of this process would take over its threads' locks and a GPU that it cannot use.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["erlib.serving.engines", "transformers.models.auto.modeling_auto"])
+    return context
 
 
 def answer(prompts: list[list[int]]) -> list[list[int]]:

@@ -5,7 +5,6 @@ Ratios hold within one run: `interleaved` measures every way in turns. As a prog
 """
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -84,8 +83,7 @@ def _pid(_: int) -> int:
 @contextmanager
 def naive_process(folder: Path, **settings: int) -> Iterator[Answering]:
     """`naive` with the model of a folder in a process of its own, as the engines of `processes` have theirs."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_load, initargs=(folder,)) as pool:
+    with ProcessPoolExecutor(1, mp_context=bulk.processes(), initializer=_load, initargs=(folder,)) as pool:
         yield lambda prompts: pool.submit(_naive, prompts, settings).result()
 
 
