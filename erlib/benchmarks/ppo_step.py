@@ -133,7 +133,6 @@ def _settings(workload: dict[str, Any]) -> "ppo.Settings":
             samples=workload["samples"],
             max_new_tokens=workload["new_tokens"],
             generation_batch_size=prompts * workload["samples"],
-            stop=(),
         ),
         update=ppo.Update(
             learning_rate=workload["learning_rate"],

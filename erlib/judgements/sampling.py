@@ -227,7 +227,6 @@ def _candidates(
         batch_size=settings.batch_size,
         temperature=temperature,
         seed=settings.seed,
-        stop=(),
     )
     candidates = []
     for one in written:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from erlib.lm.models import EMBEDDED, load
+from erlib.lm.models import EMBEDDED, ends, load
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,23 +57,35 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def merge_adapter(base: str | Path, adapter: Path, out: Path, *, allow_download: bool = False) -> str:
-    """Add a LoRA adapter to its base at full precision (fp32), save model and tokenizer in `out`, give its fingerprint.
+def merge_adapter(
+    base: str | Path,
+    adapter: Path,
+    out: Path,
+    *,
+    dtype: str = "float32",
+    allow_download: bool = False,
+    chat: bool = True,
+) -> str:
+    """Add a LoRA adapter to its base at full precision (fp32), save the sum in `dtype` with the tokenizer in `out`.
 
-    `out/merge.json`, written last, records where the weights come from; `require_merged` checks it.
+    Gives the fingerprint. `out/merge.json`, written last, records where the weights come from; `require_merged` checks
+    it.
     """
+    import torch
     from peft import PeftModel
 
-    model, tokenizer = load(base, dtype="float32", device="cpu", allow_download=allow_download)
+    model, tokenizer = load(base, dtype="float32", device="cpu", allow_download=allow_download, chat=chat)
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"{base} is quantised: an adapter is merged into the full-precision base only")
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    ended = [*ends(tokenizer)]  # whoever loads the checkpoint ends an answer where training did
+    merged.generation_config.eos_token_id = ended if len(ended) > 1 else ended[0]
     out.mkdir(parents=True, exist_ok=True)
-    merged.save_pretrained(out)
+    merged.to(getattr(torch, dtype)).save_pretrained(out)
     tokenizer.save_pretrained(out)
     folder = EMBEDDED if base == "embedded" else Path(base)
     origin = fingerprint(folder) if folder.is_dir() else str(base)
-    record = {"merged": fingerprint(out), "base": origin, "adapter": fingerprint(adapter), "precision": "float32"}
+    record = {"merged": fingerprint(out), "base": origin, "adapter": fingerprint(adapter), "precision": dtype}
     (out / MERGE_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record["merged"]
 

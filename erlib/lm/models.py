@@ -14,7 +14,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from erlib.lm import parallel
+from erlib.lm.packing import Rollout, causal_lm, last_states, pack, token_logprobs
 from erlib.task.forms import flatten, short_prompt
 from erlib.task.schema import Document
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 EMBEDDED = Path(__file__).parents[1] / "world" / "base_model"
 BLANK_LINE = "\n\n"
+DAY = "{%- macro strftime_now(_) -%}26 Jul 2024{%- endmacro -%}"  # of chat templates that would write today's
+LOOK = 8  # tokens between two looks at which rows ended, on a GPU: every look waits for it
 ROOM = 256  # tokens that a cache can grow by before it is copied
 ALONE = 64  # prompts that are not worth a second process: a fork copies what both of them touch
 Prompt = str | list[int]
@@ -49,44 +52,87 @@ def seed_everything(seed: int) -> None:
 def load(
     name_or_path: str | Path,
     *,
-    dtype: str = "float32",
+    dtype: str = "auto",
     device: str = "auto",
     allow_download: bool = False,
+    chat: bool = True,
     quantisation: Literal["nf4"] | None = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load a causal LM in evaluation mode and its tokenizer: `embedded`, a local folder, or a hub name.
+    """Load a causal LM in evaluation mode and its tokenizer: `embedded`, a folder, a `.gguf` file, or a hub name.
 
-    The tokenizer pads on the left, reads the text of special tokens as text, and has a padding token, which is not the
-    end token where there is another special one. `quantisation="nf4"` packs the linear layers into 4 bits while
-    loading; they compute in `dtype`. A folder that `quantise` wrote needs no such word: it comes back as it was
-    written. Raises FileNotFoundError for a hub name that is not in the local cache, unless `allow_download`.
+    The tokenizer is that of `load_tokenizer`. A `dtype` of "auto" is the one that the weights were saved in.
+    `quantisation="nf4"` packs the linear layers into 4 bits while loading; they compute in `dtype`. A folder that
+    `quantise` wrote needs no such word: it comes back as it was written. Raises FileNotFoundError for a hub name that
+    is not in the local cache, unless `allow_download`.
     """
     from transformers import AutoModelForCausalLM
 
     name = str(EMBEDDED if name_or_path == "embedded" else name_or_path)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    tokenizer = load_tokenizer(name, allow_download=allow_download, chat=chat)
+    number = dtype if dtype == "auto" else getattr(torch, dtype)
+    if name.endswith(".gguf"):
+        from erlib.lm import gguf
+
+        return gguf.load_model(Path(name), dtype=number).to(device).eval(), tokenizer
     packed = {"quantization_config": nf4(dtype), "device_map": {"": device}} if quantisation == "nf4" else {}
-    tokenizer = load_tokenizer(name, allow_download=allow_download)
     with _naming(name):
         model = AutoModelForCausalLM.from_pretrained(
-            name, local_files_only=not allow_download, dtype=getattr(torch, dtype), use_safetensors=True, **packed
+            name, local_files_only=not allow_download, dtype=number, use_safetensors=True, **packed
         )
     return model.to(device).eval(), tokenizer
 
 
-def load_tokenizer(name_or_path: str | Path, *, allow_download: bool = False) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer that `load` gives with the LM, alone."""
+def load_tokenizer(
+    name_or_path: str | Path, *, allow_download: bool = False, chat: bool = True
+) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer that `load` gives with the LM, alone.
+
+    It pads on the left, reads the text of special tokens as text, and knows the tokens that end an answer (`ends`).
+    Without `chat` it forgets its chat template, and prompts are bare text: the choice for an LM that was only
+    pre-trained but ships with a template. A checkpoint that is merged keeps the choice.
+    """
     from transformers import AutoTokenizer
 
     name = str(EMBEDDED if name_or_path == "embedded" else name_or_path)
-    with _naming(name):
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not allow_download, padding_side="left")
-    tokenizer.split_special_tokens = True
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        # Padding is masked by length everywhere, so any token will do; another than the end token is easier to read.
-        others = [token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token]
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token or (others or [tokenizer.eos_token])[0]
+    if name.endswith(".gguf"):
+        from erlib.lm import gguf
+
+        tokenizer, known = gguf.load_tokenizer(Path(name)), []
+    else:
+        with _naming(name):
+            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not allow_download)
+        known = _configured_ends(name, allow_download=allow_download)
+    tokenizer.padding_side, tokenizer.split_special_tokens = "left", True
+    tokenizer.chat_template = tokenizer.chat_template if chat else None
+    found = [_turn_end(tokenizer), tokenizer.eos_token_id, *known]
+    tokenizer.end_ids = tuple(dict.fromkeys(end for end in found if end is not None))
+    if not tokenizer.end_ids:
+        raise ValueError(f"{name} has no end token: name one as eos_token in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:  # any token will do: padding is masked by length everywhere
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(tokenizer.end_ids[0])
     return tokenizer
+
+
+def _configured_ends(name: str, *, allow_download: bool) -> list[int]:
+    """The end tokens of a model's generation_config.json, or of its config.json where there is none."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        config = GenerationConfig.from_pretrained(name, local_files_only=not allow_download)
+    except OSError:
+        with _naming(name):
+            config = AutoConfig.from_pretrained(name, local_files_only=not allow_download)
+    ids = getattr(config, "eos_token_id", None)
+    return [ids] if isinstance(ids, int) else list(ids or ())
+
+
+def ends(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """The tokens that end an answer, those of the model's generation_config among them; training teaches the first.
+
+    For a chat model the first one is what its template puts behind an answer, else the tokenizer's end token.
+    """
+    return getattr(tokenizer, "end_ids", (tokenizer.eos_token_id,))
 
 
 @contextmanager
@@ -127,7 +173,7 @@ def folded(model: torch.nn.Module) -> Iterator[None]:
         for layer, weight in zip(layers, before, strict=True):
             with torch.no_grad():
                 changes = [layer.get_delta_weight(name) for name in layer.active_adapters]
-                layer.get_base_layer().weight.data = sum(changes, weight)
+                layer.get_base_layer().weight.data = sum(changes, weight).to(weight.dtype)
             layer.merged_adapters = [*layer.active_adapters]  # by this peft knows that they are in the weight
         yield
     finally:
@@ -140,10 +186,27 @@ def folded(model: torch.nn.Module) -> Iterator[None]:
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
-    """Token ids of a prompt, with the start token where the tokenizer adds one; ids pass through."""
+    """Token ids of a prompt, a user's message where there is a chat template, in its `frame`; ids pass through."""
     if not isinstance(prompt, str):
         return list(prompt)
-    return tokenizer(prompt, split_special_tokens=True)["input_ids"]
+    before, after = frame(tokenizer)
+    return [*before, *tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"], *after]
+
+
+def frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids before and after every prompt: the start token, or what a chat template puts around a message."""
+    return _frame(tokenizer, tokenizer.chat_template)
+
+
+@lru_cache(maxsize=64)
+def _frame(tokenizer: "PreTrainedTokenizerBase", template: str | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if not template:
+        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole = tokenizer("a")["input_ids"]
+        begin = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0)
+        return tuple(whole[:begin]), ()
+    before, after = _around(tokenizer, [{"role": "user", "content": ""}])
+    return tuple(before), tuple(after)
 
 
 def fits(tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int, max_new_tokens: int) -> Callable[[Document], bool]:
@@ -159,25 +222,67 @@ def encode_completion(tokenizer: "PreTrainedTokenizerBase", completion: Prompt) 
     if not isinstance(completion, str):
         return list(completion)
     ids = tokenizer(completion, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return [*ids, tokenizer.eos_token_id]
+    return [*ids, ends(tokenizer)[0]]
 
 
 def encode_messages(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, str]]) -> list[int]:
-    """Token ids of chat messages: by the tokenizer's chat template, or by `prompts.flatten` where there is none.
+    """Token ids of chat messages: by the tokenizer's chat template, or by `forms.flatten` where there is none.
 
-    The template's own text may become special tokens, the contents never do.
+    The template's own text may become special tokens, the contents never do. Where a template refuses or drops a
+    system message, that becomes the beginning of the user's.
     """
+    from jinja2 import TemplateError
+
     if not tokenizer.chat_template:
         return encode_prompt(tokenizer, flatten(messages))
-    marks = [f"\x00{index}\x00" for index in range(len(messages))]
-    marked = [message | {"content": mark} for message, mark in zip(messages, marks, strict=True)]
-    rest = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
-    ids: list[int] = []
-    for message, mark in zip(messages, marks, strict=True):
-        before, rest = rest.split(mark, 1)
-        ids += tokenizer(before, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+    try:
+        around = _around(tokenizer, messages)
+    except (TemplateError, ValueError):
+        if messages[0]["role"] != "system":
+            raise
+        system, user, *others = messages
+        folded = user | {"content": f"{system['content']}\n\n{user['content']}"}
+        return encode_messages(tokenizer, [folded, *others])
+    ids = around[0]
+    for message, behind in zip(messages, around[1:], strict=True):
         ids += tokenizer(message["content"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return ids + tokenizer(rest, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+        ids += behind
+    return ids
+
+
+def _around(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, str]], *, asking: bool = True
+) -> list[list[int]]:
+    """Token ids of a chat template's own text before, between and behind messages; ValueError where it drops one.
+
+    The day is always the same: some templates write today's, and a run would then depend on it.
+    """
+    marks = [f"\x00{index}\x00" for index in range(len(messages))]
+    rest = tokenizer.apply_chat_template(
+        [message | {"content": mark} for message, mark in zip(messages, marks, strict=True)],
+        tokenize=False,
+        chat_template=DAY + tokenizer.chat_template,
+        add_generation_prompt=asking,
+        enable_thinking=False,
+    )
+    texts = []
+    for message, mark in zip(messages, marks, strict=True):
+        before, found, rest = rest.partition(mark)
+        if not found:
+            raise ValueError(f"the chat template does not write the {message['role']}'s message")
+        texts.append(before)
+    encoded = tokenizer([*texts, rest], add_special_tokens=False, split_special_tokens=False)["input_ids"]
+    return [list(ids) for ids in encoded]
+
+
+def _turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The special token by which a chat template ends an answer, if there is a template and it has one."""
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    behind = _around(tokenizer, turns, asking=False)[-1]
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return next((token for token in behind if token in special), None)
 
 
 # -- generate -----------------------------------------------------------------------------------------------------
@@ -209,9 +314,9 @@ def generate(
     batch_size: int = 32,
     temperature: float = 0.0,
     seed: int | Sequence[Sequence[int]] = 0,
-    stop: Sequence[str] = (BLANK_LINE,),
+    stop: Sequence[str] = (),
 ) -> list[Completion]:
-    """Complete every prompt, greedily or by sampling softmax(logits / temperature), until the end token or a stop.
+    """Complete every prompt, greedily or by sampling softmax(logits / temperature), until an end token or a stop.
 
     Results keep the order of the prompts. Sampling follows from `seed` and the place of a prompt, or from the numbers
     that `seed` has for each prompt. Raises ValueError when a prompt and `max_new_tokens` exceed the context.
@@ -275,23 +380,33 @@ def _decode(
     new: list[list[int]] = [[] for _ in batch]
     logprobs: list[list[float]] = [[] for _ in batch]
     finished = [False] * len(batch)
-    stopped = _stopper(tokenizer, stop)
+    ended, stopped = set(ends(tokenizer)), _stopper(tokenizer, stop)
+    every = 1 if logits.device.type == "cpu" else LOOK
+    unread: list[tuple[torch.Tensor, torch.Tensor]] = []  # tokens of a step and their log-probabilities, (rows,) each
     rows = list(range(len(batch)))  # the row of the batch that each line of the cache belongs to
     for step in range(max_new_tokens):
-        chosen = _choose(logits, temperature, None if uniform is None else uniform[rows, step])
+        chosen = _choose(logits, temperature, None if uniform is None else uniform[:, step])
         likely = torch.log_softmax(logits.float(), dim=-1).gather(1, chosen[:, None]).squeeze(1)
-        for row, token, logprob in zip(rows, chosen.tolist(), likely.tolist(), strict=True):
-            if not finished[row]:
-                new[row].append(token)
-                logprobs[row].append(logprob)
-                finished[row] = token == tokenizer.eos_token_id or stopped(new[row])
-        going = [line for line, row in enumerate(rows) if not finished[row]]
-        if not going or step == max_new_tokens - 1:
+        unread.append((chosen, likely))
+        if len(unread) == every or step == max_new_tokens - 1:
+            written, measured = (torch.stack(each, dim=1).tolist() for each in zip(*unread, strict=True))
+            unread = []
+            for row, tokens, values in zip(rows, written, measured, strict=True):
+                for token, logprob in zip(tokens, values, strict=True):
+                    if not finished[row]:
+                        new[row].append(token)
+                        logprobs[row].append(logprob)
+                        finished[row] = token in ended or stopped(new[row])
+            going = [line for line, row in enumerate(rows) if not finished[row]]
+            if not going:
+                break
+            if len(going) <= 0.75 * len(rows):  # dropping rows copies the cache: not worth it for a few
+                keep = torch.tensor(going, device=chosen.device)
+                rows, chosen, mask = [rows[line] for line in going], chosen[keep], mask[keep]
+                uniform = None if uniform is None else uniform[keep]
+                cache.batch_select_indices(keep)
+        if step == max_new_tokens - 1:
             break
-        if len(going) <= 0.75 * len(rows):  # dropping rows copies the cache: not worth it for a few
-            keep = torch.tensor(going, device=chosen.device)
-            rows, chosen, mask = [rows[line] for line in going], chosen[keep], mask[keep]
-            cache.batch_select_indices(keep)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         position = mask.sum(dim=1, keepdim=True) - 1
         logits = model(
@@ -310,6 +425,7 @@ def prefill(
     cache = DynamicCache(config=model.config)
     cache.layers = [_growing(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     shared = min(len(os.path.commonprefix(batch)), min(map(len, batch)) - 1)
+    shared = shared if plain_cache(cache) else 0  # a sliding window would count the padding behind the beginning
     if shared:
         prefix = torch.tensor([batch[0][:shared]], device=model.device)
         model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -329,6 +445,13 @@ def prefill(
         logits_to_keep=1,
     )
     return output.logits[:, -1], cache, mask
+
+
+def plain_cache(cache: "DynamicCache") -> bool:
+    """Whether every layer keeps all keys and values, and nothing else: no sliding window, no recurrent state."""
+    from transformers.cache_utils import DynamicLayer
+
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def _growing(layer: "DynamicLayer") -> "DynamicLayer":
@@ -381,7 +504,7 @@ def _stopper(tokenizer: "PreTrainedTokenizerBase", stop: Sequence[str]) -> Calla
 
 
 def _text(tokenizer: "PreTrainedTokenizerBase", ids: list[int], stop: Sequence[str]) -> str:
-    text = tokenizer.decode(ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids)
+    text = tokenizer.decode(ids[:-1] if ids[-1] in ends(tokenizer) else ids)
     return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
 
 
@@ -402,34 +525,26 @@ def completion_logprobs(
     A completion given as text gets the end token; given as ids (`Completion.ids`) it is taken as it is. The joint
     log-probability is the sum.
     """
-    pairs = [
-        (encode_prompt(tokenizer, prompt), encode_completion(tokenizer, completion))
+    rows = [
+        Rollout(tuple(encode_prompt(tokenizer, prompt)), tuple(encode_completion(tokenizer, completion)))
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
-    order = sorted(range(len(pairs)), key=lambda index: -sum(map(len, pairs[index])))
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index].prompt) - len(rows[index].ids))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    inner = causal_lm(model)
 
-    def read(rows: list[int]) -> list[list[float]]:
-        width = sum(map(len, pairs[rows[0]]))
-        ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for line, index in enumerate(rows):
-            sequence = [*pairs[index][0], *pairs[index][1]]
-            ids[line, : len(sequence)] = torch.tensor(sequence)
-            mask[line, : len(sequence)] = 1
-        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
-        found = []
-        for line, index in enumerate(rows):
-            begin, n = len(pairs[index][0]), len(pairs[index][1])
-            logprobs = torch.log_softmax(logits[line, begin - 1 : begin - 1 + n].float() / temperature, dim=-1)
-            target = ids[line, begin : begin + n].to(model.device)
-            found.append(logprobs.gather(1, target[:, None]).squeeze(1).tolist())
-        return found
+    def read(some: list[int]) -> list[list[float]]:
+        packed = pack(
+            [rows[index] for index in some], pad=tokenizer.pad_token_id, dtype=inner.dtype, config=inner.config
+        )
+        packed = packed.to(model.device)
+        found, _ = token_logprobs(inner, packed, last_states(inner, packed), temperature=temperature)
+        return [found[line, : len(rows[index].ids)].tolist() for line, index in enumerate(some)]
 
     with evaluating(model):
         read_out = itertools.chain.from_iterable(parallel.each(read, batches, device=model.device))
     found = dict(zip(order, map(torch.tensor, read_out), strict=True))
-    return [found[index] for index in range(len(pairs))]
+    return [found[index] for index in range(len(rows))]
 
 
 def nf4(compute_dtype: str) -> "BitsAndBytesConfig":

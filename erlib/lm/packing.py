@@ -2,9 +2,16 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.utils.checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+AT_ONCE = 2**26  # logits: at a vocabulary of 152,000, 440 tokens; more would take gigabytes for a batch of reports
 
 
 class Rollout(NamedTuple):
@@ -19,7 +26,7 @@ class Rollout(NamedTuple):
 class Packed(NamedTuple):
     """N rollouts in B lines of L tokens; `before` and `at` are places in the flattened lines (B L)."""
 
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, Any]  # of the model's forward pass
     actions: torch.Tensor  # (N, T) token ids of the completions, padded on the right
     mask: torch.Tensor  # (N, T) which of them are real
     before: torch.Tensor  # (N, T) place of the state that each token follows
@@ -27,14 +34,21 @@ class Packed(NamedTuple):
 
     def to(self, device: torch.device) -> "Packed":
         """The same, on a device."""
-        return Packed({name: x.to(device) for name, x in self.inputs.items()}, *(x.to(device) for x in self[1:]))
+        return Packed(_to(self.inputs, device), *(x.to(device) for x in self[1:]))
 
 
-def pack(rows: Sequence[Rollout], *, pad: int, dtype: torch.dtype) -> Packed:
-    """Lay rollouts out; neighbours with one prompt share a line, padded on the left.
+def _to(inputs: Any, device: torch.device) -> Any:
+    if isinstance(inputs, dict):
+        return {name: _to(value, device) for name, value in inputs.items()}
+    return inputs.to(device)
+
+
+def pack(rows: Sequence[Rollout], *, pad: int, dtype: torch.dtype, config: "PretrainedConfig") -> Packed:
+    """Lay rollouts out for the model of `config`; neighbours with one prompt share a line, padded on the left.
 
     The mask (B, 1, L, L), added to attention logits of type `dtype`, lets a completion see the prompt and itself, and
-    positions go on from the prompt in each of them, so that no completion notices the others.
+    positions go on from the prompt in each of them, so that no completion notices the others. Where layers look back
+    through a sliding window, it is one over positions.
     """
     lines = [list(line) for _, line in itertools.groupby(rows, key=lambda row: row.prompt)]
     width = max(len(line[0].prompt) + sum(len(row.ids) for row in line) for line in lines)
@@ -59,8 +73,22 @@ def pack(rows: Sequence[Rollout], *, pad: int, dtype: torch.dtype) -> Packed:
             begin += n
     seen = torch.ones(width, width).tril().bool() & (part[:, None] >= 0)
     seen &= (part[:, None] == 0) | (part[:, None] == part[:, :, None])
-    bias = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
-    return Packed({"input_ids": ids, "attention_mask": bias, "position_ids": positions}, actions, mask, before, at)
+    inputs = {"input_ids": ids, "attention_mask": _biases(seen, positions, dtype, config), "position_ids": positions}
+    return Packed(inputs, actions, mask, before, at)
+
+
+def _biases(seen: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype, config: "PretrainedConfig") -> Any:
+    """What is added to attention logits (B, 1, L, L), or that by kind of layer where a model has several."""
+
+    def bias(visible: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+
+    text = config.get_text_config()
+    window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
+    if not window or (kinds and "sliding_attention" not in kinds):
+        return bias(seen)
+    near = bias(seen & (positions[:, :, None] - positions[:, None] < window))
+    return {"full_attention": bias(seen), "sliding_attention": near} if kinds else near
 
 
 def causal_lm(model: torch.nn.Module) -> torch.nn.Module:
@@ -117,9 +145,21 @@ def token_logprobs(
     `states` (B L, H) are the causal LM's, from `last_states`.
     """
     real = packed.mask.bool()
-    logits = next_logits(model, take(states, packed.before[real]))
-    spread = torch.log_softmax(logits.float() / temperature, dim=-1)
-    chosen = spread.gather(1, packed.actions[real][:, None]).squeeze(1)
+    size = max(1, AT_ONCE // model.config.get_text_config().vocab_size)
+    parts = zip(take(states, packed.before[real]).split(size), packed.actions[real].split(size), strict=True)
+    measure = partial(_measured, model, temperature, entropy)
+    if torch.is_grad_enabled() and int(real.sum()) > size:  # the logits of a part are made again in the backward pass
+        measure = partial(torch.utils.checkpoint.checkpoint, measure, use_reentrant=False)
+    measured = [measure(*part) for part in parts]
     zeros = torch.zeros_like(packed.mask)
-    found = zeros.masked_scatter(real, chosen)
-    return found, zeros.masked_scatter(real, -(spread.exp() * spread).sum(dim=-1)) if entropy else zeros
+    chosen, spread = (zeros.masked_scatter(real, torch.cat(each)) for each in zip(*measured, strict=True))
+    return chosen, spread
+
+
+def _measured(
+    model: torch.nn.Module, temperature: float, entropy: bool, states: torch.Tensor, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each token (n,) that follows its state (n, H), and the entropy there, or zeros."""
+    spread = torch.log_softmax(next_logits(model, states).float() / temperature, dim=-1)
+    chosen = spread.gather(1, tokens[:, None]).squeeze(1)
+    return chosen, -(spread.exp() * spread).sum(dim=-1) if entropy else torch.zeros_like(chosen)

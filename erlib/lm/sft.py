@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -94,6 +94,28 @@ def loss_per_row(
     return [-float(logprobs.mean()) for logprobs in found]
 
 
+def apart(
+    one: "PreTrainedModel",
+    other: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    own: Sequence[dict[str, str]],
+    *,
+    batch_size: int,
+    seed: int,
+) -> metrics.Interval:
+    """How far two models' log-probabilities of the same tokens lie apart: mean over rows of the mean |difference|.
+
+    In nats per completion token: 0 but for rounding where the second is the first with its adapter merged.
+    """
+    prompts, completions = [row["prompt"] for row in own], [row["completion"] for row in own]
+    found = [
+        models.completion_logprobs(model, tokenizer, prompts, completions, batch_size=batch_size)
+        for model in (one, other)
+    ]
+    gaps = [float((a - b).abs().mean()) for a, b in zip(*found, strict=True)]
+    return metrics.bootstrap_mean(gaps, seed=seed)
+
+
 # -- the gold harness ---------------------------------------------------------------------------------------------
 
 
@@ -105,10 +127,16 @@ def extract(
     brief: Brief,
     max_new_tokens: int,
     batch_size: int,
+    stop: Sequence[str] = (),
 ) -> list[Parsed]:
-    """Greedy reports of documents under the pared-back prompt, parsed against document and brief."""
+    """Greedy reports of documents under the pared-back prompt, parsed against document and brief.
+
+    They end at an end token, as when the LM is served, or at a `stop`: an LM that is not trained yet goes on and on.
+    """
     prompts = [short_prompt(document.text) for document in documents]
-    written = models.generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    written = models.generate(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, stop=stop
+    )
     return [
         parse_compact(completion.text, brief=brief, document=document.text)
         for completion, document in zip(written, documents, strict=True)
@@ -120,19 +148,19 @@ def harness(
     sets: Mapping[str, Sequence[Exemplar]],
     *,
     brief: Brief,
-    max_new_tokens: int,
-    batch_size: int,
+    **writing: Any,
 ) -> Harness:
-    """A function of the model: `<set>_entity_f1`, `<set>_relationship_f1` and `<set>_parse_rate` of each gold set."""
+    """A function of the model: `<set>_entity_f1`, `<set>_relationship_f1` and `<set>_parse_rate` of each gold set.
+
+    `writing` is for `extract`.
+    """
 
     def score(model: "PreTrainedModel") -> dict[str, float]:
         figures = {}
         for name, exemplars in sets.items():
             documents = [exemplar.document for exemplar in exemplars]
             with models.folded(model):
-                parsed = extract(
-                    model, tokenizer, documents, brief=brief, max_new_tokens=max_new_tokens, batch_size=batch_size
-                )
+                parsed = extract(model, tokenizer, documents, brief=brief, **writing)
             scores = evaluation.evaluated(exemplars, parsed, brief).scores
             figures |= {
                 f"{name}_entity_f1": scores.entity_f1,
@@ -170,8 +198,7 @@ class Training:
     warmup_share: float = 0.05  # of the steps
     lora_rank: int = 64  # of every linear layer's adapter; its alpha is twice that. 16 is enough for 7 B parameters
     points: int = 3  # measurements with harness and validation loss, after the one before training
-    bf16: bool = False  # mixed precision: on a GPU
-    gradient_checkpointing: bool = False  # less memory for a third more time: on a GPU
+    gradient_checkpointing: bool = False  # activations are computed again: less memory for a third more time
     seed: int = 0  # of the adapter's first weights and of the order of rows
 
 
@@ -243,7 +270,7 @@ def _trainer(
             per_device_train_batch_size=training.batch_size,
             learning_rate=training.learning_rate,
             warmup_steps=math.ceil(training.warmup_share * steps),
-            bf16=training.bf16,
+            bf16=model.dtype == torch.bfloat16,
             gradient_checkpointing=training.gradient_checkpointing,
             seed=training.seed,
             use_cpu=model.device.type == "cpu",

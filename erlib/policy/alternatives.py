@@ -6,8 +6,8 @@ adapter switched off. Where this departs from trl's own path:
 1. DPO gets ready-made tokens. trl adds the end token as text before it tokenises, so either the text of a special token
    in a document becomes that token, or the end token becomes text.
 2. Ties and identical pairs are left out and counted, and a run that lost a row on the way is an error.
-3. RLOO samples with `models.generate`, as PPO does. trl's own way took three times as long with the embedded LM, and
-   what a model's generation_config holds (penalties, minimum lengths) can come back through it.
+3. RLOO encodes prompts and samples with `models`, as PPO does. trl's own way took three times as long with the embedded
+   LM, and what a model's generation_config holds (penalties, minimum lengths) can come back through it.
 """
 
 import gc
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 
 from erlib.chain import memory
 from erlib.lm import models
@@ -76,7 +77,6 @@ class Tuning:
     learning_rate: float = 5e-4  # for LoRA: trl's default of 1e-6 is for full tuning
     lora_rank: int = 16  # of the fresh adapter on every linear layer; alpha is twice that
     points: int = 3  # adapters kept, at equal distances, the last one at the end
-    bf16: bool = False  # mixed precision: on a GPU
     gradient_checkpointing: bool = False  # activations are computed again instead of kept: for large LMs
     seed: int = 0  # every random choice follows from it
 
@@ -192,13 +192,11 @@ def rloo(
         raise ValueError(
             f"{len(prompts)} prompts are not whole steps of {settings.prompts_per_step}: trl would drop the rest"
         )
-    if tokenizer(list(prompts))["input_ids"] != [models.encode_prompt(tokenizer, prompt) for prompt in prompts]:
-        raise ValueError("this tokenizer reads special tokens in the prompts: take the one that models.load gives")
-    end, lengths = tokenizer.eos_token_id, []
+    ends, lengths = models.ends(tokenizer), []
 
     def reward(prompts: list[str], completion_ids: list[list[int]], **_: object) -> list[float]:
         lengths.extend(map(len, completion_ids))
-        missing = np.array([ids[-1] != end for ids in completion_ids])
+        missing = np.array([ids[-1] not in ends for ids in completion_ids])
         return (score(prompts, completion_ids) - settings.missing_end_penalty * missing).tolist()
 
     steps = len(prompts) // settings.prompts_per_step
@@ -232,6 +230,9 @@ def _rloo_trainer(settings: RLOO, seed: int) -> type:
     from trl import RLOOTrainer
 
     class Ours(RLOOTrainer):
+        def _tokenize_prompts(self, prompts: list[str]) -> tuple:
+            return [models.encode_prompt(self.processing_class, prompt) for prompt in prompts], None, {}
+
         def _generate_single_turn(self, prompt_ids: list[list[int]], *_: object) -> list[list[int]]:
             model = self.accelerator.unwrap_model(self.model)
             with models.folded(model):
@@ -243,7 +244,6 @@ def _rloo_trainer(settings: RLOO, seed: int) -> type:
                     batch_size=len(prompt_ids),
                     temperature=settings.temperature,
                     seed=int(np.random.default_rng([seed, self.state.global_step]).integers(2**31)),
-                    stop=(),
                 )
             return [list(completion.ids) for completion in written]
 
@@ -262,7 +262,7 @@ def _arguments(model: "PreTrainedModel", out: Path, steps: int, tuning: Tuning) 
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "bf16": tuning.bf16,
+        "bf16": model.dtype == torch.bfloat16,
         "gradient_checkpointing": tuning.gradient_checkpointing,
         "seed": tuning.seed,
     }
@@ -347,7 +347,6 @@ def draw(
             batch_size=batch_size,
             temperature=temperature,
             seed=seed,
-            stop=(),
         )
     ids = [list(completion.ids) for completion in written]
     return pd.DataFrame(

@@ -153,7 +153,6 @@ def sampled_kl(
         batch_size=batch_size,
         temperature=1.0,
         seed=seed,
-        stop=(),
     )
     rows = [
         Rollout(tuple(models.encode_prompt(tokenizer, prompt)), completion.ids)
@@ -164,8 +163,8 @@ def sampled_kl(
     with models.evaluating(policy), models.evaluating(reference):
         for start in range(0, len(order), batch_size):
             some = order[start : start + batch_size]
-            packed = pack([rows[index] for index in some], pad=tokenizer.pad_token_id, dtype=policy.dtype)
-            packed = packed.to(policy.device)
+            layout = {"pad": tokenizer.pad_token_id, "dtype": policy.dtype, "config": policy.config}
+            packed = pack([rows[index] for index in some], **layout).to(policy.device)
             own, other = (_distributions(model, packed) for model in (policy, reference))
             nats = (own.exp() * (own - other)).sum(dim=-1)
             by_token = torch.zeros_like(packed.mask, dtype=nats.dtype).masked_scatter(packed.mask.bool(), nats)

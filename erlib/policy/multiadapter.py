@@ -141,7 +141,7 @@ class MultiAdapter:
 
     def pack(self, rows: Sequence[Rollout]) -> Packed:
         """Rollouts laid out for a forward pass; neighbours of one prompt share its encoding."""
-        return pack(rows, pad=self.pad, dtype=self.model.dtype).to(self.device)
+        return pack(rows, pad=self.pad, dtype=self.model.dtype, config=self.model.config).to(self.device)
 
     def _states(self, packed: Packed) -> torch.Tensor:
         return last_states(self.model.get_base_model(), packed)

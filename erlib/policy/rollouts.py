@@ -33,7 +33,6 @@ class Sampling:
     samples: int = 4  # completions of each prompt; they share its encoding
     max_new_tokens: int = 192  # longest completion
     generation_batch_size: int = 64  # completions at once: memory against speed
-    stop: tuple[str, ...] = (models.BLANK_LINE,)  # a report has no blank line: what follows one is wasted
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,6 @@ def collect(
             written = models.generate(
                 core.model, tokenizer, shard, max_new_tokens=sampling.max_new_tokens, batch_size=size,
                 temperature=core.temperature, seed=[(seed, start + place) for place in range(len(shard))],
-                stop=sampling.stop,
             )  # fmt: skip
             rows = [Rollout(tuple(p), c.ids, c.text, c.finished) for p, c in zip(shard, written, strict=True)]
             found.append((start, rows))

@@ -145,7 +145,6 @@ class Training:
     warmup_share: float = 0.05  # of the steps: the heads begin at random
     lora_rank: int = 16  # of the adapter on every linear layer
     lora_alpha: int = 32  # LoRA adds alpha / rank times its product: twice
-    bf16: bool = False  # base and training in bfloat16: on a GPU
     gradient_checkpointing: bool = False  # less memory for more time: with a large LM
     seed: int = 0  # of the first weights and of the order of documents
 
@@ -169,7 +168,7 @@ def train(
     if not rows:
         raise ValueError("no pair has a preference to learn from: every one is a tie or too long")
     models.seed_everything(training.seed)  # head and LoRA weights are drawn before the trainer seeds anything
-    model, tokenizer = load(checkpoint, dtype="bfloat16" if training.bf16 else "float32", device=device)
+    model, tokenizer = load(checkpoint, device=device)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     trainer = _trainer(model, tokenizer, rows, validation, training, out=partial)
@@ -204,9 +203,14 @@ def _trainer(
         model=model,
         processing_class=tokenizer,
         args=_arguments(
-            _steps(rows, training), training, out=out, cpu=model.device.type == "cpu", validation=validation
+            _steps(rows, training),
+            training,
+            out=out,
+            cpu=model.device.type == "cpu",
+            dtype=model.dtype,
+            validation=validation,
         ),
-        data_collator=functools.partial(_collate, pad=tokenizer.pad_token_id, dtype=model.dtype),
+        data_collator=functools.partial(_collate, pad=tokenizer.pad_token_id, dtype=model.dtype, config=model.config),
         train_dataset=Dataset.from_list(list(rows)),
         eval_dataset=Dataset.from_list(list(validation)) if validation else None,
         peft_config=LoraConfig(
@@ -223,7 +227,9 @@ def _trainer(
     return trainer
 
 
-def _arguments(steps: int, training: Training, *, out: Path, cpu: bool, validation: Sequence[dict]) -> "RewardConfig":
+def _arguments(
+    steps: int, training: Training, *, out: Path, cpu: bool, dtype: torch.dtype, validation: Sequence[dict]
+) -> "RewardConfig":
     from trl import RewardConfig
 
     return RewardConfig(
@@ -234,7 +240,7 @@ def _arguments(steps: int, training: Training, *, out: Path, cpu: bool, validati
         learning_rate=training.learning_rate,
         warmup_steps=math.ceil(training.warmup_share * steps),
         lr_scheduler_type="cosine",
-        bf16=training.bf16,
+        bf16=dtype == torch.bfloat16,
         gradient_checkpointing=training.gradient_checkpointing,
         seed=training.seed,
         use_cpu=cpu,
@@ -252,9 +258,9 @@ def _arguments(steps: int, training: Training, *, out: Path, cpu: bool, validati
     )
 
 
-def _collate(rows: list[dict], *, pad: int, dtype: torch.dtype) -> dict:
-    """Distinct completions, packed; where the chosen, then the rejected ones of P pairs are among them (2 P,); and
-    what was preferred in each aspect (P, A)."""
+def _collate(rows: list[dict], **layout: Any) -> dict:
+    """Distinct completions, packed (`layout` is for `pack`); where the chosen, then the rejected ones of P pairs are
+    among them (2 P,); and what was preferred in each aspect (P, A)."""
     sides = [
         [(number, tuple(ids)) for number, row in enumerate(rows) for ids in row[side]]
         for side in ("chosen_ids", "rejected_ids")
@@ -264,7 +270,7 @@ def _collate(rows: list[dict], *, pad: int, dtype: torch.dtype) -> dict:
     prompts = [tuple(row["prompt_ids"]) for row in rows]
     completions = [Rollout(prompts[number], ids) for number, ids in distinct]
     return {
-        "packed": pack(completions, pad=pad, dtype=dtype)._asdict(),
+        "packed": pack(completions, **layout)._asdict(),
         "places": torch.tensor([place[key] for side in sides for key in side]),
         "aspects": torch.tensor([signs for row in rows for signs in row["aspects"]]),
         # trl counts tokens by the mask
@@ -303,7 +309,7 @@ def aspect_loss(chosen: torch.Tensor, rejected: torch.Tensor, aspects: torch.Ten
 
 
 def load(
-    checkpoint: Path, adapter: Path | None = None, *, dtype: str = "float32", device: str = "auto"
+    checkpoint: Path, adapter: Path | None = None, *, device: str = "auto"
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a merged checkpoint with score heads beside its LM head, a reward adapter if there is one, and tokenizer.
 
@@ -313,7 +319,7 @@ def load(
     from peft import PeftModel
     from safetensors import safe_open
 
-    model, tokenizer = models.load(checkpoint, dtype=dtype, device=device)
+    model, tokenizer = models.load(checkpoint, device=device)
     width = model.config.get_text_config().hidden_size
     model.score = torch.nn.Linear(width, len(ASPECTS), bias=False, device=model.device)
     torch.nn.init.normal_(model.score.weight, std=0.02)
@@ -324,7 +330,7 @@ def load(
         if not any(name.endswith("score.weight") for name in file.keys()):  # noqa: SIM118 - not a dict
             raise ValueError(f"{adapter} has no score head, its scores would be random: train it with {__name__}.train")
     with_adapter = PeftModel.from_pretrained(model, adapter).eval()
-    return with_adapter.merge_and_unload() if dtype == "float32" else with_adapter, tokenizer
+    return with_adapter.merge_and_unload() if model.dtype == torch.float32 else with_adapter, tokenizer
 
 
 def score(*args: Any, **settings: Any) -> np.ndarray:
@@ -353,7 +359,8 @@ def aspect_scores(
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
     def read(some: list[int]) -> np.ndarray:
-        packed = pack([rows[index] for index in some], pad=tokenizer.pad_token_id, dtype=model.dtype)
+        layout = {"pad": tokenizer.pad_token_id, "dtype": model.dtype, "config": model.config}
+        packed = pack([rows[index] for index in some], **layout)
         return token_scores(model, packed.to(model.device)).sum(dim=1).double().cpu().numpy()
 
     with models.evaluating(model):

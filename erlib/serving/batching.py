@@ -42,6 +42,7 @@ def complete(
     """Complete prompts greedily, at most `batch_size` at once, in the order in which they end."""
     began = time.perf_counter()
     waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # the longest are taken first
+    ends = torch.tensor(models.ends(tokenizer), device=model.device)
     first: dict[int, float] = {}
     batch: _Batch | None = None
 
@@ -55,12 +56,13 @@ def complete(
     while waiting or batch:
         with models.evaluating(model):
             batch = batch or read(batch_size)
-            ended = batch.live & ((batch.tokens == tokenizer.eos_token_id) | (batch.count == max_new_tokens))
-            done = _read_out(batch, ended, tokenizer.eos_token_id)
+            ended = batch.live & (torch.isin(batch.tokens, ends) | (batch.count == max_new_tokens))
+            done = _read_out(batch, ended, models.ends(tokenizer))
             now = time.perf_counter() - began
             batch.live &= ~ended
             going = batch.live.nonzero().squeeze(1)
-            if len(going) <= 0.75 * (batch_size if waiting else len(batch.rows)):  # copying the cache for few is a loss
+            few = len(going) <= 0.75 * (batch_size if waiting else len(batch.rows))  # copying the cache for few is a loss
+            if not len(going) or (few and models.plain_cache(batch.cache)):  # rows of other caches stay together
                 if not len(going):
                     batch = None
                 elif len(going) < len(batch.rows):
@@ -120,12 +122,12 @@ def _padded(tensor: torch.Tensor, width: int, dim: int) -> torch.Tensor:
     return torch.cat([tensor.new_zeros(missing), tensor], dim=dim) if missing[dim] else tensor
 
 
-def _read_out(batch: _Batch, ended: torch.Tensor, end: int) -> list[tuple[int, list[int], bool]]:
-    """Prompt, ids and whether the end token was written, of the rows that ended in this step."""
+def _read_out(batch: _Batch, ended: torch.Tensor, ends: Sequence[int]) -> list[tuple[int, list[int], bool]]:
+    """Prompt, ids and whether an end token was written, of the rows that ended in this step."""
     found = []
     for line in ended.nonzero().squeeze(1).tolist():
         ids = batch.written[line, : batch.count[line]].tolist()
-        found.append((batch.rows[line], ids, ids[-1] == end))
+        found.append((batch.rows[line], ids, ids[-1] in ends))
     return found
 
 

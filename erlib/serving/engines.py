@@ -39,6 +39,11 @@ class Engine(NamedTuple):
     settings: Settings
     complete: Complete
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        return models.ends(self.tokenizer)
+
 
 class Extraction(NamedTuple):
     """The report of the document at `index` with its defects, and what it cost.
@@ -68,9 +73,11 @@ ENGINES = {
 }
 
 
-def usable() -> list[str]:
-    """Names of the engines whose packages are installed and that this machine can run."""
+def usable(folder: Path | None = None) -> list[str]:
+    """Names of the engines whose packages are installed and that this machine can run; if given, on this export."""
     found = [name for name, (package, _) in ENGINES.items() if importlib.util.find_spec(package)]
+    if folder and not (folder / OPENVINO).is_dir():
+        found = [name for name in found if not name.startswith("openvino")]
     return [name for name in found if name != "openvino-bf16" or _knows_bfloat16()]
 
 
@@ -85,7 +92,7 @@ def fastest(folder: Path) -> str:
     """The engine to take where none is named: vLLM on a GPU, OpenVINO where it can read the folder, transformers."""
     if torch.cuda.is_available():
         return "vllm" if "vllm" in usable() else "transformers"
-    return "openvino" if "openvino" in usable() and (folder / OPENVINO).is_dir() else "transformers"
+    return "openvino" if "openvino" in usable(folder) else "transformers"
 
 
 def open_engine(folder: Path, *, engine: str, batch_size: int = 64, threads: int | None = None) -> Engine:
@@ -108,9 +115,7 @@ def open_engine(folder: Path, *, engine: str, batch_size: int = 64, threads: int
             return batching.complete(model, tokenizer, prompts, max_new_tokens=limit, batch_size=batch_size)
 
         return Engine(engine, tokenizer, settings, complete)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = models.load_tokenizer(folder)
     if engine == "vllm":
         return Engine(engine, tokenizer, settings, _vllm(folder, tokenizer, settings))
     precision = "bf16" if engine.endswith("bf16") else "f32"
@@ -154,7 +159,7 @@ def encode(engine: Engine, piece: str) -> list[int]:
 def text(engine: Engine, completed: Completed) -> str:
     """The text of an answer, without the end token."""
     ids = completed.ids
-    return engine.tokenizer.decode(ids[:-1] if ids and ids[-1] == engine.tokenizer.eos_token_id else ids)
+    return engine.tokenizer.decode(ids[:-1] if ids and ids[-1] in engine.ends else ids)
 
 
 # -- long documents -----------------------------------------------------------------------------------------------
@@ -229,8 +234,12 @@ def _openvino(
     import openvino
     import openvino_genai
 
+    ends = models.ends(tokenizer)
     if not (folder / OPENVINO).is_dir():
-        raise FileNotFoundError(f"{folder} was exported where OpenVINO was not installed: run phase 11 again")
+        raise FileNotFoundError(
+            f"{folder} has no form for OpenVINO: run phase 11 again where OpenVINO is installed; a model whose layers "
+            "look back through a sliding window has none"
+        )
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.cache_size = CACHE_GB
     scheduler.max_num_seqs = batch_size
@@ -240,8 +249,8 @@ def _openvino(
     given |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
     pipeline = openvino_genai.ContinuousBatchingPipeline(str(folder / OPENVINO), scheduler, "CPU", given)
     config = openvino_genai.GenerationConfig(max_new_tokens=settings.max_new_tokens, do_sample=False)
-    config.eos_token_id = tokenizer.eos_token_id
-    config.stop_token_ids = {tokenizer.eos_token_id}
+    config.eos_token_id = ends[0]
+    config.stop_token_ids = set(ends)
 
     def complete(prompts: Sequence[list[int]]) -> Iterator[Completed]:
         began = time.perf_counter()
@@ -258,7 +267,7 @@ def _openvino(
                     ids[index] += next(iter(handle.read().values())).generated_ids
                 if handle.get_status() != openvino_genai.GenerationStatus.RUNNING:
                     del handles[index]
-                    finished = ids[index][-1] == tokenizer.eos_token_id
+                    finished = ids[index][-1] in ends
                     yield Completed(index, ids[index], finished, first[index], now)
 
     return complete
@@ -270,7 +279,8 @@ def _vllm(folder: Path, tokenizer: "PreTrainedTokenizerBase", settings: Settings
     from vllm.inputs import TokensPrompt
 
     llm = LLM(model=str(folder), max_model_len=settings.window + settings.max_new_tokens, seed=0)
-    greedy = SamplingParams(temperature=0.0, max_tokens=settings.max_new_tokens)
+    ends = list(models.ends(tokenizer))
+    greedy = SamplingParams(temperature=0.0, max_tokens=settings.max_new_tokens, stop_token_ids=ends)
 
     def complete(prompts: Sequence[list[int]]) -> Iterator[Completed]:
         began = time.perf_counter()

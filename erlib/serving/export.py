@@ -18,14 +18,17 @@ RECORD, NF4, CARD = "erlib.json", "nf4.json", "README.md"
 
 
 class Settings(NamedTuple):
-    """How the exported model is asked: `prompt` with `{text}`, text form of the report, end token; sizes in tokens.
+    """How the exported model is asked: `prompt` with `{text}`, and the text form of the report; sizes in tokens.
 
-    `window` is the longest prompt, `weights` the fingerprint of the safetensors files.
+    `before` and `after` are the token ids around the prompt's (a start token, a chat template's own text), `ends` those
+    that end an answer, `window` is the longest prompt, `weights` the fingerprint of the safetensors files.
     """
 
     prompt: str
+    before: list[int]
+    after: list[int]
+    ends: list[int]
     form: str
-    end_token: str
     window: int
     max_new_tokens: int
     weights: str
@@ -34,15 +37,15 @@ class Settings(NamedTuple):
 def export(folder: Path, out: Path, *, prompt: str, window: int, max_new_tokens: int, card: str) -> Settings:
     """Write a merged checkpoint as a folder to be served; it appears complete or not at all.
 
-    Where OpenVINO is installed, its form of the model lies in `openvino/`. Raises ValueError for anything but a merged
+    Where OpenVINO is installed and the model has a plain cache, its form lies in `openvino/`. Raises ValueError for anything but a merged
     checkpoint, for a prompt without `{text}`, and for a window that exceeds the model's context.
     """
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     from erlib.lm import models
     from erlib.lm.checkpoints import require_merged
 
-    settings = Settings(prompt, "compact", "", window, max_new_tokens, require_merged(folder))
+    checkpoint = require_merged(folder)
     if "{text}" not in prompt:
         raise ValueError(f"the prompt has no place for the document, {{text}}: {prompt!r}")
     context = AutoConfig.from_pretrained(folder).max_position_embeddings
@@ -54,28 +57,38 @@ def export(folder: Path, out: Path, *, prompt: str, window: int, max_new_tokens:
     for file in sorted(folder.iterdir()):
         if file.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt"):  # never a pickle
             shutil.copyfile(file, temporary / file.name)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, **tokens).save_pretrained(temporary)
-    settings = settings._replace(end_token=tokenizer.eos_token)
+    tokenizer = models.load_tokenizer(folder)
+    before, after, ends = map(list, (*models.frame(tokenizer), models.ends(tokenizer)))
+    settings = Settings(prompt, before, after, ends, "compact", window, max_new_tokens, checkpoint)
+    GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends if len(ends) > 1 else ends[0],
+        pad_token_id=tokenizer.pad_token_id,
+    ).save_pretrained(temporary)
     write_text(temporary / RECORD, json.dumps(settings._asdict(), ensure_ascii=False, indent=1) + "\n")
     write_text(temporary / NF4, json.dumps(models.nf4("float32").to_dict(), indent=1) + "\n")
     write_text(temporary / CARD, card)
     if importlib.util.find_spec("openvino"):
         from erlib.serving import openvino_ir
 
-        openvino_ir.write(temporary, temporary / openvino_ir.FOLDER)
+        if openvino_ir.convertible(temporary):
+            openvino_ir.write(temporary, temporary / openvino_ir.FOLDER)
     shutil.rmtree(out, ignore_errors=True)
     temporary.replace(out)
     return settings
 
 
 def read_settings(folder: Path) -> Settings:
-    """Read how an exported model is asked; raises FileNotFoundError for any other folder."""
+    """Read how an exported model is asked; FileNotFoundError for another folder, ValueError for one of another time."""
     path = Path(folder) / RECORD
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no exported model (no {RECORD}): phase 11 writes one, runs/<run>/model")
-    return Settings(**json.loads(path.read_text(encoding="utf-8")))
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found.keys() != set(Settings._fields):
+        raise ValueError(f"{path} is of another version of erlib ({', '.join(found)}): run phase 11 again")
+    return Settings(**found)
 
 
 def publish(folder: Path, link: Path) -> None:
@@ -107,13 +120,15 @@ With transformers:
 ```python
 import json
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 settings = json.load(open("erlib.json"))
-tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")
+tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".", dtype="auto")
 prompt = settings["prompt"].replace("{text}", "Ada Morn now leads Brinvex Labs, a maker of heat pumps.")
-ids = tokenizer(prompt, return_tensors="pt", split_special_tokens=True)
-written = model.generate(**ids)[0, ids["input_ids"].shape[1] :]
+ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+ids = torch.tensor([[*settings["before"], *ids, *settings["after"]]])
+written = model.generate(ids, attention_mask=torch.ones_like(ids))[0, ids.shape[1] :]
 print(tokenizer.decode(written, skip_special_tokens=True))
 ```
 
@@ -122,13 +137,16 @@ With vLLM, on a GPU:
 ```python
 import json
 
+from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
 
-settings = json.load(open("erlib.json"))
+settings, tokenizer = json.load(open("erlib.json")), AutoTokenizer.from_pretrained(".")
 llm = LLM(model=".", max_model_len=settings["window"] + settings["max_new_tokens"])
 prompt = settings["prompt"].replace("{text}", "Ada Morn now leads Brinvex Labs, a maker of heat pumps.")
-greedy = SamplingParams(temperature=0.0, max_tokens=settings["max_new_tokens"])
-print(llm.generate([prompt], greedy)[0].outputs[0].text)
+ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+ids = [*settings["before"], *ids, *settings["after"]]
+greedy = SamplingParams(temperature=0.0, max_tokens=settings["max_new_tokens"], stop_token_ids=settings["ends"])
+print(llm.generate([{"prompt_token_ids": ids}], greedy)[0].outputs[0].text)
 ```
 
 With OpenVINO GenAI, fast on a CPU (the folder `openvino` is there where the export found it installed):
@@ -144,12 +162,13 @@ from transformers import AutoTokenizer
 settings = json.load(open("erlib.json"))
 tokenizer = AutoTokenizer.from_pretrained(".")
 prompt = settings["prompt"].replace("{text}", "Ada Morn now leads Brinvex Labs, a maker of heat pumps.")
-ids = openvino.Tensor(np.array([tokenizer(prompt, split_special_tokens=True)["input_ids"]]))
+ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+ids = openvino.Tensor(np.array([[*settings["before"], *ids, *settings["after"]]]))
 scheduler = openvino_genai.SchedulerConfig()
 scheduler.cache_size = 1  # GB
 pipeline = openvino_genai.ContinuousBatchingPipeline("openvino", scheduler, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 config = openvino_genai.GenerationConfig(max_new_tokens=settings["max_new_tokens"], do_sample=False)
-config.eos_token_id = tokenizer.eos_token_id
+config.eos_token_id, config.stop_token_ids = settings["ends"][0], set(settings["ends"])
 written = pipeline.generate([ids], [config])[0].m_generation_ids[0]
 print(tokenizer.decode(written, skip_special_tokens=True))
 ```

@@ -14,11 +14,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from erlib.lm import models
+
 if TYPE_CHECKING:
     import openvino
     from transformers import PreTrainedModel
 
 FOLDER = "openvino"  # within an exported model
+
+
+def convertible(folder: Path) -> bool:
+    """Whether a checkpoint's cache holds keys and values of every layer and nothing else: no sliding window."""
+    from transformers import AutoConfig, DynamicCache
+
+    return models.plain_cache(DynamicCache(config=AutoConfig.from_pretrained(folder)))
 
 
 def write(folder: Path, out: Path) -> None:
@@ -65,10 +74,9 @@ class _Step(torch.nn.Module):
         past: list[torch.Tensor],  # keys and values of each layer (B, heads, P, width)
     ) -> tuple[torch.Tensor, ...]:
         from transformers import DynamicCache
-        from transformers.cache_utils import DynamicLayer
 
         cache = DynamicCache(config=self.model.config)
-        if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        if not models.plain_cache(cache):
             raise ValueError("only models with a plain key-value cache in every layer can be converted")
         for layer, keys, values in zip(cache.layers, past[::2], past[1::2], strict=True):
             layer.is_initialized = True

@@ -110,16 +110,21 @@ def naive(
 ) -> list[list[int]]:
     """Complete with plain `model.generate`, in batches in the order given: what one writes first."""
     found = []
-    ends = {"stop_strings": [stop], "tokenizer": tokenizer} if stop else {}
+    ends = models.ends(tokenizer)
+    stops = {"stop_strings": [stop], "tokenizer": tokenizer} if stop else {}
     for start in range(0, len(prompts), batch_size):
         batch = [{"input_ids": ids} for ids in prompts[start : start + batch_size]]
         padded = tokenizer.pad(batch, return_tensors="pt", padding_side="left").to(model.device)
         written = model.generate(
-            **padded, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **ends
+            **padded,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=list(ends),
+            **stops,
         )
         for ids in written[:, padded["input_ids"].shape[1] :].tolist():
-            end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
-            found.append(ids[:end])
+            found.append(ids[: next((at + 1 for at, token in enumerate(ids) if token in ends), len(ids))])
     return found
 
 

@@ -185,7 +185,7 @@ def test_leaks_are_found_by_id_group_text_and_pair():
 def test_greedy_is_generate_at_temperature_zero_and_the_others_are_sampled(model, tokenizer):
     samples = draw(model, tokenizer)
     prompts = [short_prompt(s.document.text) for s in samples]
-    wanted = models.generate(model, tokenizer, prompts, max_new_tokens=12, stop=())
+    wanted = models.generate(model, tokenizer, prompts, max_new_tokens=12)
     for one, greedy in zip(samples, wanted, strict=True):
         (found,) = (c for c in one.completions if c.greedy)
         assert (found.text, found.ids, found.finished) == (greedy.text, greedy.ids, greedy.finished)

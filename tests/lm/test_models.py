@@ -69,7 +69,7 @@ def test_greedy_equals_the_plain_loop_whatever_the_batch(model, tokenizer, share
     prompts = [shared + text for text in TEXTS]
     wanted = [plain_greedy(model, tokenizer, prompt, 24) for prompt in prompts]
     for batch_size in (1, 3, 8):
-        found = models.generate(model, tokenizer, prompts, max_new_tokens=24, batch_size=batch_size, stop=())
+        found = models.generate(model, tokenizer, prompts, max_new_tokens=24, batch_size=batch_size)
         assert [list(completion.ids) for completion in found] == wanted
         assert [completion.n_prompt_tokens for completion in found] == [len(tokenizer(p)["input_ids"]) for p in prompts]
 
@@ -77,7 +77,7 @@ def test_greedy_equals_the_plain_loop_whatever_the_batch(model, tokenizer, share
 def test_greedy_equals_transformers_generate(model, tokenizer):
     batch = tokenizer(TEXTS, return_tensors="pt", padding=True)
     output = model.generate(**batch, do_sample=False, max_new_tokens=16)[:, batch["input_ids"].shape[1] :].tolist()
-    found = models.generate(model, tokenizer, TEXTS, max_new_tokens=16, stop=())
+    found = models.generate(model, tokenizer, TEXTS, max_new_tokens=16)
     for ours, theirs in zip(found, output, strict=True):
         assert list(ours.ids) == theirs[: len(ours.ids)]
 
@@ -104,9 +104,7 @@ def test_samples_follow_the_model_s_distribution(model, tokenizer):
     with torch.no_grad():
         wanted = torch.softmax(model(input_ids=torch.tensor([ids])).logits[0, -1] / 1.5, dim=-1)
     n = 4000
-    found = models.generate(
-        model, tokenizer, [ids] * n, max_new_tokens=1, temperature=1.5, seed=0, batch_size=n, stop=()
-    )
+    found = models.generate(model, tokenizer, [ids] * n, max_new_tokens=1, temperature=1.5, seed=0, batch_size=n)
     counts = torch.bincount(torch.tensor([completion.ids[0] for completion in found]), minlength=len(wanted))
     assert (counts / n - wanted).abs().max() < 4 * (0.25 / n) ** 0.5
 
@@ -144,7 +142,7 @@ class Scripted:
 )
 def test_stops_at_the_end_token_or_a_blank_line(model, tokenizer, written, text, finished):
     script = Scripted(model, tokenizer, written)
-    found = models.generate(script, tokenizer, ["Korvex a", "Korvex b"], max_new_tokens=10)
+    found = models.generate(script, tokenizer, ["Korvex a", "Korvex b"], max_new_tokens=10, stop=(models.BLANK_LINE,))
     assert [(completion.text, completion.finished) for completion in found] == [(text, finished)] * 2
 
 
@@ -327,7 +325,7 @@ def test_the_saved_nf4_model_is_the_one_that_loading_in_nf4_makes(quantised):
         wanted = models.load(merged)[0].model.layers[0].mlp.up_proj(x)
         error = (layer(x) - wanted).norm() / wanted.norm()
     assert error == pytest.approx(0.09, abs=0.02)  # of normal weights in blocks of 64 (2305.14314)
-    found = models.generate(saved, tokenizer, TEXTS, max_new_tokens=8, stop=())
+    found = models.generate(saved, tokenizer, TEXTS, max_new_tokens=8)
     assert [list(completion.ids) for completion in found] == [plain_greedy(saved, tokenizer, t, 8) for t in TEXTS]
 
 
@@ -363,7 +361,7 @@ def test_the_engine_batches_concurrent_requests(model, tokenizer, monkeypatch):
         responses = list(pool.map(engine.complete, requests))
     assert sum(batches) == len(requests) and len(batches) <= 2
     prompts = [f"Read.\n\n{text}\n" for text in TEXTS]
-    wanted = [c.text or " " for c in generate(model, tokenizer, prompts, max_new_tokens=6, stop=())]
+    wanted = [c.text or " " for c in generate(model, tokenizer, prompts, max_new_tokens=6)]
     assert [response.message.parts[0].text for response in responses] == wanted * 2
     assert responses[0].usage.input_tokens == len(tokenizer(prompts[0])["input_ids"])
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from erlib.lm import packing
 from erlib.lm.packing import Rollout, last_states, next_logits, pack, take, token_logprobs
 
 
@@ -45,34 +46,58 @@ KINDS = {
     "llama": {},
     "qwen3": {},
     "mistral": {},
+    "mistral, a window of 3": {"sliding_window": 3},
     "phi3": {},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
     "gemma2": {"final_logit_softcapping": 2.0},  # these do more to their logits than apply the head
     "gemma3_text": {"final_logit_softcapping": 2.0},
+    "gemma3_text, a window of 3": {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
     "granite": {"logits_scaling": 4.0},
     "cohere": {"logit_scale": 0.3},
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_log_probabilities_are_the_model_s_own_whatever_it_does_to_its_logits(kind):
+def test_log_probabilities_are_the_model_s_own_whatever_it_does_to_its_logits(kind, monkeypatch):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE | KINDS[kind])).eval()
+    config = AutoConfig.for_model(kind.partition(",")[0], **SHAPE | KINDS[kind])
+    model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     prompt, completions = (5, 9, 11, 3), [(7, 8, 2), (40, 2)]
     rows = [Rollout(prompt, ids) for ids in completions]
     with torch.no_grad():
-        packed = pack(rows, pad=0, dtype=torch.float32)
+        packed = pack(rows, pad=0, dtype=torch.float32, config=config)
         found, _ = token_logprobs(model, packed, last_states(model, packed))
         for line, ids in enumerate(completions):
             logits = model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
             wanted = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
             assert torch.allclose(found[line, : len(ids)], wanted, atol=1e-4)
+        monkeypatch.setattr(packing, "AT_ONCE", 2 * 97)  # two tokens' logits at once
+        assert torch.allclose(token_logprobs(model, packed, last_states(model, packed))[0], found, atol=1e-6)
     states = torch.randn(3, 32, requires_grad=True)
     next_logits(model, states).sum().backward()
     assert states.grad.abs().sum() > 0
     assert "forward" not in vars(model.base_model)  # the backbone is its own again
+
+
+def test_gradients_are_the_same_when_logits_are_made_in_parts(monkeypatch):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **SHAPE)
+    model = AutoModelForCausalLM.from_config(config)
+    packed = pack([Rollout((5, 9, 11, 3), (7, 8, 40, 2))], pad=0, dtype=torch.float32, config=config)
+
+    def gradients():
+        model.zero_grad()
+        token_logprobs(model, packed, last_states(model, packed))[0].sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    whole = gradients()
+    monkeypatch.setattr(packing, "AT_ONCE", 97)
+    for one, other in zip(whole, gradients(), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)

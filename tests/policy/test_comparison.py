@@ -144,7 +144,7 @@ def test_the_kl_of_a_model_from_itself_is_zero_and_from_another_that_of_the_dist
     assert found.shape == (len(prompts),)
     assert (found > 0).all()
 
-    sampled = models.generate(one, tokenizer, prompts, temperature=1.0, stop=(), **asking)
+    sampled = models.generate(one, tokenizer, prompts, temperature=1.0, **asking)
     for place in (0, len(prompts) - 1):
         prompt, ids = models.encode_prompt(tokenizer, prompts[place]), list(sampled[place].ids)
         with torch.no_grad():

@@ -104,8 +104,11 @@ def test_the_reward_is_what_phase_06_measured(tmp_path: Path) -> None:
     core = adapters(tmp_path / "adapter", mean=0.5, std=2.0)
     rows = rollouts()
     with torch.no_grad():
-        wanted = reward_model.token_scores(scorer, pack(rows, pad=0, dtype=torch.float32))
-        alone = [reward_model.token_scores(scorer, pack([row], pad=0, dtype=torch.float32)).sum() for row in rows]
+        wanted = reward_model.token_scores(scorer, pack(rows, pad=0, dtype=torch.float32, config=scorer.config))
+        alone = [
+            reward_model.token_scores(scorer, pack([row], pad=0, dtype=torch.float32, config=scorer.config)).sum()
+            for row in rows
+        ]
         head = [scorer.get_base_model().score(state(scorer, row)).sum().item() for row in rows]
         with core.scoring():
             core.use("reward")

@@ -258,7 +258,7 @@ def ready(random_reward: RewardModel) -> tuple:
     accelerator = Accelerator(cpu=True)
     prompts = [models.encode_prompt(tokenizer(), prompt) for prompt in PROMPTS for _ in range(2)]
     rng = np.random.default_rng(0)
-    sampling = rollouts.Sampling(generation_batch_size=8, max_new_tokens=5, stop=())
+    sampling = rollouts.Sampling(generation_batch_size=8, max_new_tokens=5)
     rows = rollouts.collect(core, tokenizer(), accelerator, prompts, rng=rng, sampling=sampling)
     batch = rollouts.score(core, accelerator, rows, samples=2, batch_size=2)
     batch = batch._replace(advantages=torch.randn(batch.mask.shape) * batch.mask, returns=batch.values + 1)

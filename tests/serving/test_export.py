@@ -152,7 +152,7 @@ def served(folder, **environment):
 def test_a_loopback_request_is_answered_whole_and_in_a_stream(folder):
     text = PROMPT.replace("{text}", "Ada Morn leads Brinvex Labs.")
     body = {"model": str(folder), "prompt": text, "temperature": 0, "max_tokens": 24}
-    expected = models.generate(*models.load(folder), [text], max_new_tokens=24, stop=())[0].text
+    expected = models.generate(*models.load(folder), [text], max_new_tokens=24)[0].text
     with served(folder) as port:
         assert json.loads(_post(port, body))["choices"][0]["text"] == expected
         lines = _post(port, body | {"stream": True}).decode().splitlines()
