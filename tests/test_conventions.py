@@ -30,7 +30,7 @@ FOLDERS = [
 LIGHT = ["task", "chain", "documents", "watch", "plots", "__main__"]  # these import without torch
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = sorted(PACKAGE.rglob("*.py"))
-PARAMS = sorted(path for path in (ROOT / "params").glob("*.yml") if path.name != "brief.yml")
+PARAMS = sorted(path for path in (ROOT / "params").glob("*.yml") if not path.name.startswith("brief"))
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PINS = {
     canonicalize_name(name): version

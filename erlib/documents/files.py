@@ -7,16 +7,17 @@ becomes a document or a line of `rejects` that says why.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from erlib.documents.corpus import clean
 from erlib.documents.delimited import csv_rows, missing_column
+from erlib.task.forms import collect, quote
 from erlib.task.jsonl import BadRow, Row, encoding_of, read_jsonl, rows
-from erlib.task.schema import Brief, Document, Exemplar
+from erlib.task.schema import Brief, Document, Exemplar, Report
 
 SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
@@ -267,11 +268,70 @@ def read_gold(path: str | Path) -> list[Exemplar]:
     return exemplars
 
 
+class Labels(NamedTuple):
+    """What rows of documents say is in them, by the document's id, and how much of it was left out, by reason."""
+
+    exemplars: dict[str, Exemplar]
+    left_out: dict[str, int]
+
+
+def read_labels(path: str | Path, documents: Sequence[Document], *, id_column: str = "id") -> Labels:
+    """Read the labels of documents from the JSONL that they came from: `entities`, and `relationships` or `relations`.
+
+    An entity has `name` and `type`, and `summary` where there is one; a relationship `source`, `type` and `target`.
+    What a report cannot hold is left out and counted: a name that comes again, one that does not occur in the text, a
+    relationship without one of its ends. Raises ValueError, with file and line, for a document without labels.
+    """
+    if Path(path).suffix not in (".jsonl", ".ndjson"):
+        raise ValueError(f"{path}: labels are read from JSONL: each row with text, entities and relationships")
+    by_id = {document.id: document for document in documents}
+    found: dict[str, Exemplar] = {}
+    left_out: Counter[str] = Counter()
+    for row in rows(Path(path)):
+        if row.fields is None:
+            continue
+        document = by_id.get(_identifier(row.fields.get(id_column), row.number, id_column))
+        if document is None or document.id in found:
+            continue  # among the rejects, with its reason
+        entities, links = _labels(row, f"{path}:{row.number}")
+        parsed = collect(entities, links, [], brief=None, document=document.text)
+        absent = {defect.detail for defect in parsed.defects if defect.kind == "ungrounded"}
+        kept = [entity for entity in parsed.report.entities if quote(entity.name) not in absent]
+        names = {entity.name for entity in kept}
+        between = [link for link in parsed.report.relationships if {link.source, link.target} <= names]
+        left_out.update(defect.kind for defect in parsed.defects)
+        left_out["missing_entity"] += len(parsed.report.relationships) - len(between)
+        report = Report(entities=tuple(kept), relationships=tuple(between))
+        found[document.id] = Exemplar(document=document, report=report)
+    return Labels(found, {kind: number for kind, number in left_out.items() if number})
+
+
+def _labels(row: Row, place: str) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
+    """Entities (name, type, summary) and relationships (source, type, target) of a labelled row, cleaned."""
+    fields = dict(row.fields or {})
+    links = fields.get("relationships", fields.get("relations", []))
+    if not isinstance(fields.get("entities"), list) or not isinstance(links, list):
+        raise ValueError(
+            f"{place}: no list 'entities': the simulated frontier needs documents with labels, rows such as "
+            '{"text": "Ada leads Brinvex.", "entities": [{"name": "Ada", "type": "person"}, …], "relationships": '
+            '[{"source": "Ada", "type": "leads", "target": "Brinvex"}]}; without labels set `frontier` to an endpoint'
+        )
+    try:
+        entities = [(clean(e["name"]), clean(e["type"]), clean(e.get("summary") or "")) for e in fields["entities"]]
+        return entities, [(clean(k["source"]), clean(k["type"]), clean(k["target"])) for k in links]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{place}: an entity needs name and type, a relationship source, type and target: {error!r}"
+        ) from None
+
+
 def _exemplar(row: Row) -> Exemplar:
     if row.fields is None:
         raise BadRow(row.reason)
     fields = dict(row.fields)
     if "document" not in fields:
+        if "relations" in fields:  # as benchmarks call them
+            fields.setdefault("relationships", fields.pop("relations"))
         report = {key: fields.pop(key) for key in ("entities", "relationships") if key in fields}
         fields = {"split": fields.pop("split", None), "report": report, "document": fields}
         if "entities" not in report:

@@ -4,6 +4,7 @@ The package `gguf` is needed: `pip install -c constraints.txt -e '.[gguf]'`.
 """
 
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,3 +106,19 @@ def convert(path: Path, out: Path, *, dtype: str = "bfloat16") -> None:
     load_tokenizer(path).save_pretrained(part)
     shutil.rmtree(out, ignore_errors=True)
     part.replace(out)
+
+
+def main() -> None:
+    """`python -m erlib.lm.gguf FILE.gguf FOLDER`: convert."""
+    if len(sys.argv) != 3:
+        raise SystemExit("usage: python -m erlib.lm.gguf FILE.gguf FOLDER")
+    source, out = map(Path, sys.argv[1:])
+    try:
+        convert(source, out)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        raise SystemExit(str(error)) from None
+    print(f"{out}: {sum(file.stat().st_size for file in out.iterdir()) / 2**20:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,24 @@ SPLITS = {"pool": 35, "dev": 30, "test": 40}  # relative sizes: shown as demos, 
 
 
 def split(exemplars: Sequence[Exemplar], *, sizes: Mapping[str, int] = SPLITS, seed: int) -> list[Exemplar]:
-    """Divide exemplars into named parts in proportion to `sizes`, disjoint by id and by text, whatever its case."""
+    """Divide exemplars into named parts in proportion to `sizes`, disjoint by id and by text, whatever its case.
+
+    Those whose `split` names a part already stay in it, as the test split of a benchmark does; the parts that such
+    exemplars fill get no others.
+    """
+    given = {part for exemplar in exemplars if (part := exemplar.split) in sizes}
+    if given:
+        left = {name: size for name, size in sizes.items() if name not in given}
+        placed = [exemplar for exemplar in exemplars if exemplar.split in given]
+        others = [exemplar for exemplar in exemplars if exemplar.split not in given]
+        if bool(left) != bool(others):
+            raise ValueError(
+                f"gold file: {len(others)} exemplars name no part, and {', '.join(left) or 'none'} are open"
+            )
+        texts = {normal_text(exemplar.document.text): exemplar.split for exemplar in placed}
+        if twice := [e.document.id for e in others if normal_text(e.document.text) in texts]:
+            raise ValueError(f"gold file: {twice[0]!r} repeats the text of an exemplar of a part that the file names")
+        return [*(split(others, sizes=left, seed=seed) if left else []), *placed]
     groups: dict[str, list[Exemplar]] = {}
     ids: set[str] = set()
     for exemplar in exemplars:

@@ -61,7 +61,9 @@ def complete(
             now = time.perf_counter() - began
             batch.live &= ~ended
             going = batch.live.nonzero().squeeze(1)
-            few = len(going) <= 0.75 * (batch_size if waiting else len(batch.rows))  # copying the cache for few is a loss
+            few = len(going) <= 0.75 * (
+                batch_size if waiting else len(batch.rows)
+            )  # copying the cache for few is a loss
             if not len(going) or (few and models.plain_cache(batch.cache)):  # rows of other caches stay together
                 if not len(going):
                     batch = None

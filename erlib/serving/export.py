@@ -37,8 +37,8 @@ class Settings(NamedTuple):
 def export(folder: Path, out: Path, *, prompt: str, window: int, max_new_tokens: int, card: str) -> Settings:
     """Write a merged checkpoint as a folder to be served; it appears complete or not at all.
 
-    Where OpenVINO is installed and the model has a plain cache, its form lies in `openvino/`. Raises ValueError for anything but a merged
-    checkpoint, for a prompt without `{text}`, and for a window that exceeds the model's context.
+    Where OpenVINO is installed and the model has a plain cache, its form lies in `openvino/`. Raises ValueError for
+    anything but a merged checkpoint, for a prompt without `{text}`, and for a window that exceeds the context.
     """
     from transformers import AutoConfig, GenerationConfig
 

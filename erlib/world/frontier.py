@@ -23,7 +23,7 @@ from erlib.reports.prompts import enclosed
 from erlib.task.answers import parse_json
 from erlib.task.forms import parse_compact, to_compact, to_json
 from erlib.task.schema import Brief, Entity, Kind, Relationship, Report
-from erlib.world.posts import Link, Mention, Truth
+from erlib.world.posts import Link, Mention, Truth, inventory
 from erlib.world.stream import Sample
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ _CONFUSED_TYPE = {
 }
 
 
+WORLDLY = frozenset({*_CONFUSED_TYPE, *inventory()["relationships"]})  # types whose confusions are stated here
+
+
 class Reading(NamedTuple):
     """What the simulated frontier takes from a prompt."""
 
@@ -68,8 +71,8 @@ class Reading(NamedTuple):
 class Frontier:
     """A DSPy engine (`complete(Request) -> Response`) that knows the documents of the samples it was given."""
 
-    def __init__(self, samples: Iterable[Sample], brief: Brief):
-        self.brief = brief
+    def __init__(self, samples: Iterable[Sample], brief: Brief, *, faultless: bool = False):
+        self.brief, self.faultless = brief, faultless
         self._truths: dict[str, Truth] = {}
         self._read = functools.lru_cache(maxsize=256)(self._read_prompt)
         self.add(samples)
@@ -88,8 +91,8 @@ class Frontier:
         text = _document(turns[-1][1])
         if text not in self._truths:
             raise LookupError(
-                f"the simulated frontier knows the embedded world only, not the document {text[:60]!r}; "
-                "for documents of your own set `frontier` to an endpoint's model in the params file"
+                f"the simulated frontier knows the embedded world and labelled documents, not {text[:60]!r}; "
+                "for other documents set `frontier` to an endpoint's model in the params file"
             )
         config = request.config
         nonce = f"{config.seed}/{config.temperature}" if config.temperature else ""
@@ -105,7 +108,8 @@ class Frontier:
 
     def answer(self, text: str, reading: Reading, *, nonce: str = "") -> str:
         """Write the report of a known document as this reading of the prompt leads to it."""
-        report = _Draft(text, self._truths[text], reading, nonce).report()
+        truth = self._truths[text]
+        report = truth.report if self.faultless else _Draft(text, truth, reading, nonce, self.brief).report()
         if reading.form == "compact":
             return to_compact(report)
         if not reading.exemplars and _chance("chatter", text, nonce) < 0.3:
@@ -154,21 +158,23 @@ def connect_frontier(
 ) -> "dspy.LM":
     """Connect to the frontier LM of the params: the one simulated on `samples`, or an endpoint's model of that name.
 
-    The simulated one costs nothing and keeps no cache; see `teacher.connect` for the rest.
+    The simulated one costs nothing and keeps no cache, and "labels" is the one that makes no fault: what it says of a
+    labelled document is its labels. See `teacher.connect` for the rest.
     """
     from erlib.reports import teacher
 
-    if name != "simulated":
+    if name not in ("simulated", "labels"):
         return teacher.connect(name, cache_dir=cache_dir, connection=connection)
     free = replace(connection, budget=teacher.Budget())
-    return teacher.connect(name, engine=Frontier(samples, brief), cache_dir=None, connection=free)
+    engine = Frontier(samples, brief, faultless=name == "labels")
+    return teacher.connect(name, engine=engine, cache_dir=None, connection=free)
 
 
 class _Draft:
     """One answer in the making: decides, item by item, which faults occur."""
 
-    def __init__(self, text: str, truth: Truth, reading: Reading, nonce: str):
-        self.text, self.truth, self.reading, self.nonce = text, truth, reading, nonce
+    def __init__(self, text: str, truth: Truth, reading: Reading, nonce: str, brief: Brief):
+        self.text, self.truth, self.reading, self.nonce, self.brief = text, truth, reading, nonce, brief
         # Long, crowded posts are harder; exemplars of the same kind of post help.
         crowd = 1 + 0.06 * max(0, len(truth.mentions) - 4)
         self.difficulty = crowd * (0.7 if truth.kind in reading.shown_kinds else 1.0)
@@ -210,7 +216,7 @@ class _Draft:
         return words[0] if self._fault("boundary", mention.name, mention.cue, probability) else mention.name
 
     def _type(self, mention: Mention) -> str:
-        confused = _CONFUSED_TYPE.get(mention.type)
+        confused = _CONFUSED_TYPE.get(mention.type) or self._other(mention.type, mention.cue)
         probability = 0.02 if mention.type in self.reading.named else 0.05
         return confused if confused and self._fault("type", mention.name, mention.cue, probability) else mention.type
 
@@ -242,8 +248,18 @@ class _Draft:
         probability = (0.04 if link.type in self.reading.named else 0.09) * (1.6 if link.implied else 1.0)
         if link.wanted and self._fault("relation", f"{link.source}>{link.target}", link.cue, probability):
             options = _RIVALS.get(link.type, ())
-            return options[int(_chance("rival", link.cue) * len(options))] if options else link.type
+            if options:
+                return options[int(_chance("rival", link.cue) * len(options))]
+            return self._other(link.type, link.cue) or link.type
         return link.type
+
+    def _other(self, kind: str, cue: int) -> str | None:
+        """Another wanted type of the brief, the same one in one phrasing, for types that the embedded world has not."""
+        for kinds in (self.brief.entity_types, self.brief.relationship_types):
+            others = sorted(kinds - {kind})
+            if kind in kinds and others and kind not in WORLDLY:
+                return others[int(_chance("other", kind, cue) * len(others))]
+        return None
 
 
 _RIVALS = {

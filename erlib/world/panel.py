@@ -125,8 +125,8 @@ class Panel:
         truth = self._truths.get(corpus.clean(document))
         if truth is None:
             raise LookupError(
-                f"the simulated panel knows the embedded world only, not the document {document[:60]!r}; "
-                "for documents of your own set `annotators: people` in the params file"
+                f"the simulated panel knows the embedded world and labelled documents, not {document[:60]!r}; "
+                "for other documents set `annotators: people` in the params file"
             )
         wanted = replace(truth, brief=self.brief).report
         return _Reading(utility.by_aspect(document, wanted, text, brief=self.brief), _content(text))
