@@ -22,7 +22,7 @@ def split(exemplars: Sequence[Exemplar], *, sizes: Mapping[str, int] = SPLITS, s
         others = [exemplar for exemplar in exemplars if exemplar.split not in given]
         if bool(left) != bool(others):
             raise ValueError(
-                f"gold file: {len(others)} exemplars name no part, and {', '.join(left) or 'none'} are open"
+                f"gold file: {len(others)} exemplars name no part, and open are: {', '.join(left) or 'none'}"
             )
         texts = {normal_text(exemplar.document.text): exemplar.split for exemplar in placed}
         if twice := [e.document.id for e in others if normal_text(e.document.text) in texts]:

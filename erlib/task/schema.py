@@ -129,13 +129,13 @@ class Brief(BaseModel):
     purpose: Name
     summaries: Name
     entities: tuple[Kind, ...] = Field(min_length=1)
-    relationships: tuple[Kind, ...] = Field(min_length=1)
+    relationships: tuple[Kind, ...] = ()  # none: a corpus of entities alone
 
     @model_validator(mode="after")
     def _consistent(self) -> "Brief":
         for name, kinds in (("entities", self.entities), ("relationships", self.relationships)):
             wanted = Counter(kind.type for kind in kinds if kind.wanted)
-            if not wanted:
+            if kinds and not wanted:
                 raise ValueError(f"{name}: at least one kind must be wanted")
             if repeated := [kind for kind, n in wanted.items() if n > 1]:
                 raise ValueError(f"{name}: each wanted type is stated once; repeated: {repeated}")

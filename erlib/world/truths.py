@@ -13,8 +13,7 @@ from typing import Any
 from zlib import crc32
 
 from erlib.chain import manifest
-from erlib.documents import files
-from erlib.task.jsonl import write_jsonl
+from erlib.task.jsonl import read_jsonl, write_jsonl
 from erlib.task.schema import Brief, Exemplar
 from erlib.world.posts import Fact, Link, Mention, Truth
 from erlib.world.stream import Sample, World
@@ -29,9 +28,9 @@ def known(corpus_params: Mapping[str, Any]) -> bool:
     return corpus_params.get("frontier") in FRONTIERS
 
 
-def write(folder: Path, labelled: Iterable[Exemplar]) -> None:
-    """Write what is true of labelled documents into the folder of phase 02."""
-    write_jsonl(folder / FILE, labelled)
+def write(path: Path, labelled: Iterable[Exemplar]) -> None:
+    """Write what is true of labelled documents, into `FILE` in the folder of phase 02."""
+    write_jsonl(path, labelled)
 
 
 def find(corpus_dir: str | Path, ids: Iterable[str], *, brief: Brief) -> list[Sample]:
@@ -45,7 +44,7 @@ def find(corpus_dir: str | Path, ids: Iterable[str], *, brief: Brief) -> list[Sa
     path = Path(corpus_dir) / FILE
     if not path.is_file():
         return World(seed=params["seed"], brief=brief).find(ids)
-    by_id = {exemplar.document.id: exemplar for exemplar in files.read_gold(path)}
+    by_id = {exemplar.document.id: exemplar for exemplar in map(Exemplar.model_validate, read_jsonl(path))}
     wanted = list(ids)
     if missing := [name for name in wanted if name not in by_id]:
         raise LookupError(f"{path} has no labels of {missing[0]!r} and {len(missing) - 1} more: run phase 02 again")

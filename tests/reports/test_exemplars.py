@@ -37,3 +37,16 @@ def test_splits_and_draws_do_not_touch_the_global_random_state():
     exemplars.random_sets(GOLD, seed=1)
     exemplars.split(GOLD, seed=1)
     assert random.getstate() == before
+
+
+def test_a_part_that_the_file_names_stays_and_gets_no_others():
+    gold = [exemplar(n) for n in range(30)]
+    named = [each.model_copy(update={"split": "test"} if n < 10 else {}) for n, each in enumerate(gold)]
+    divided = exemplars.split(named, seed=0)
+    assert {e.document.id for e in exemplars.part(divided, "test")} == {e.document.id for e in gold[:10]}
+    assert len(exemplars.part(divided, "pool")) + len(exemplars.part(divided, "dev")) == 20
+    with pytest.raises(ValueError, match="0 exemplars name no part, and open are: pool, dev"):
+        exemplars.split(named[:10], seed=0)
+    twin = named[0].model_copy(update={"split": None, "document": named[0].document.model_copy(update={"id": "twin"})})
+    with pytest.raises(ValueError, match="'twin' repeats the text"):
+        exemplars.split([*named, twin], seed=0)

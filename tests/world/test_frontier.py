@@ -93,7 +93,7 @@ def test_it_answers_through_dspy_and_refuses_unknown_documents(frontier, samples
     )
     assert parse_json(response.text).valid
     assert response.model == LABEL
-    with pytest.raises(LookupError, match="embedded world only"):
+    with pytest.raises(LookupError, match="embedded world and labelled documents"):
         frontier.complete(
             Request(model="simulated", messages=(Message.user("Document:\nnever seen\nReport:"),), system=full)
         )
