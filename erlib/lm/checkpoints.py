@@ -119,12 +119,12 @@ class Quantised(NamedTuple):
     checkpoint_bytes: int
 
 
-def quantise(folder: Path, out: Path, *, compute_dtype: str = "float32", device: str = "auto") -> Quantised:
+def quantise(folder: Path, out: Path, *, compute_dtype: str = "auto", device: str = "auto") -> Quantised:
     """Write a merged checkpoint in 4-bit NF4 (QLoRA, 2305.14314) with its tokenizer to `out`, which `load` reads.
 
-    Linear layers are packed, their scales quantised too, and computed in `compute_dtype`; embeddings, norms and output
-    head keep that type. `out/quantisation.json`, written last, is the record that is given. Raises ValueError for
-    anything but a merged checkpoint.
+    Linear layers are packed, their scales quantised too, and computed in `compute_dtype`, by default the checkpoint's;
+    embeddings, norms and output head keep that type. `out/quantisation.json`, written last, is the record that is
+    given. Raises ValueError for anything but a merged checkpoint.
     """
     checkpoint = require_merged(folder)
     model, tokenizer = load(folder, dtype=compute_dtype, device=device, quantisation="nf4")
@@ -132,6 +132,7 @@ def quantise(folder: Path, out: Path, *, compute_dtype: str = "float32", device:
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     size, before = (sum(file.stat().st_size for file in Path(f).glob("*.safetensors")) for f in (out, folder))
-    record = Quantised(fingerprint(out), checkpoint, "nf4", compute_dtype, size, before)
+    computed = str(model.dtype).removeprefix("torch.")
+    record = Quantised(fingerprint(out), checkpoint, "nf4", computed, size, before)
     (out / QUANTISATION_RECORD).write_text(json.dumps(record._asdict(), indent=1) + "\n", encoding="utf-8")
     return record

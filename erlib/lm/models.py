@@ -65,11 +65,13 @@ def load(
     `quantise` wrote needs no such word: it comes back as it was written. Raises FileNotFoundError for a hub name that
     is not in the local cache, unless `allow_download`.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     name = str(EMBEDDED if name_or_path == "embedded" else name_or_path)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     tokenizer = load_tokenizer(name, allow_download=allow_download, chat=chat)
+    if quantisation and dtype == "auto":
+        dtype = str(AutoConfig.from_pretrained(name, local_files_only=not allow_download).dtype).removeprefix("torch.")
     number = dtype if dtype == "auto" else getattr(torch, dtype)
     if name.endswith(".gguf"):
         from erlib.lm import gguf
@@ -143,6 +145,21 @@ def _naming(name: str) -> Iterator[None]:
     except OSError as error:
         advice = "set allow_download to fetch it from the hub, or name a folder with config.json and model.safetensors"
         raise FileNotFoundError(f"model {name!r} cannot be loaded: {advice} ({error})") from error
+
+
+def one_device(config: type) -> type:
+    """The class of a trainer's arguments, for a process that trains on one device, however many it sees.
+
+    HF's Trainer would wrap the model in DataParallel there and multiply the batch. Several processes, by `accelerate
+    launch`, have a device each.
+    """
+
+    class OneDevice(config):
+        @property
+        def n_gpu(self) -> int:
+            return min(1, super().n_gpu)
+
+    return OneDevice
 
 
 @contextmanager

@@ -264,7 +264,7 @@ def _trainer(
     trainer = SFTTrainer(
         model=model,
         processing_class=tokenizer,
-        args=SFTConfig(
+        args=models.one_device(SFTConfig)(
             output_dir=str(folder),
             num_train_epochs=training.epochs,
             per_device_train_batch_size=training.batch_size,

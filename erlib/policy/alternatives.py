@@ -151,7 +151,7 @@ def dpo(
     trainer = ReadyMade(
         model=model,
         processing_class=tokenizer,
-        args=DPOConfig(
+        args=models.one_device(DPOConfig)(
             beta=settings.beta,
             max_length=None,
             num_train_epochs=settings.epochs,
@@ -205,7 +205,7 @@ def rloo(
         model=model,
         processing_class=tokenizer,
         reward_funcs=reward,
-        args=RLOOConfig(
+        args=models.one_device(RLOOConfig)(
             beta=settings.kl_coef,
             per_device_train_batch_size=settings.prompts_per_step // parts * settings.samples,
             gradient_accumulation_steps=parts,

@@ -232,7 +232,7 @@ def _arguments(
 ) -> "RewardConfig":
     from trl import RewardConfig
 
-    return RewardConfig(
+    return models.one_device(RewardConfig)(
         output_dir=str(out),
         num_train_epochs=training.epochs,
         per_device_train_batch_size=training.batch_size,

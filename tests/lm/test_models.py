@@ -397,3 +397,12 @@ def test_the_engine_serves_dspy(model, tokenizer):
     lm = dspy.LM("local", engine=local.LocalEngine(model, tokenizer, max_new_tokens=4), cache=False)
     with dspy.context(lm=lm, adapter=dspy.ChatAdapter()):
         assert isinstance(lm("Korvex bought Velia.")[0], str)
+
+
+def test_a_process_trains_on_one_device_however_many_it_sees(tmp_path):
+    from trl import SFTConfig
+
+    arguments = models.one_device(SFTConfig)(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    assert arguments.n_gpu == 0
+    arguments._n_gpu = 4  # as where four GPUs are visible
+    assert arguments.n_gpu == 1

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from erlib.lm import models
 from erlib.lm.packing import Rollout, pack
-from erlib.policy.multiadapter import MultiAdapter, RewardModel, check_start, read_reward_model
+from erlib.policy.multiadapter import MultiAdapter, RewardModel, check_start, checksum, read_reward_model
 from erlib.rewards import reward_model
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -249,3 +249,14 @@ def test_a_folded_adapter_says_the_same_and_leaves_the_weights_as_they_were(core
         with pytest.raises(KeyError), models.folded(core.model):
             raise KeyError
     assert all(torch.equal(tensor, before[name]) for name, tensor in core.model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_a_checksum_sees_a_flipped_bit_and_exchanged_words_in_whole_or_in_parts(dtype: torch.dtype) -> None:
+    tensor = torch.arange(1000).to(dtype).reshape(20, 50)
+    before = checksum(tensor)
+    assert checksum(tensor.clone(), at_once=64) == before
+    flipped, exchanged = tensor.clone(), tensor.clone()
+    flipped.view(torch.uint8)[7, 3] ^= 1
+    exchanged[[2, 3]] = exchanged[[3, 2]]
+    assert len({before, checksum(flipped), checksum(exchanged)}) == 3
