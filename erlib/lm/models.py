@@ -27,7 +27,13 @@ from erlib.task.forms import flatten, short_prompt
 from erlib.task.schema import Document
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        BitsAndBytesConfig,
+        DynamicCache,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        TrainingArguments,
+    )
     from transformers.cache_utils import DynamicLayer
 
 EMBEDDED = Path(__file__).parents[1] / "world" / "base_model"
@@ -147,19 +153,14 @@ def _naming(name: str) -> Iterator[None]:
         raise FileNotFoundError(f"model {name!r} cannot be loaded: {advice} ({error})") from error
 
 
-def one_device(config: type) -> type:
-    """The class of a trainer's arguments, for a process that trains on one device, however many it sees.
+def one_device(arguments: "TrainingArguments") -> "TrainingArguments":
+    """A trainer's arguments, for a process that trains on one device, however many it sees.
 
     HF's Trainer would wrap the model in DataParallel there and multiply the batch. Several processes, by `accelerate
     launch`, have a device each.
     """
-
-    class OneDevice(config):
-        @property
-        def n_gpu(self) -> int:
-            return min(1, super().n_gpu)
-
-    return OneDevice
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 @contextmanager

@@ -151,14 +151,16 @@ def dpo(
     trainer = ReadyMade(
         model=model,
         processing_class=tokenizer,
-        args=models.one_device(DPOConfig)(
-            beta=settings.beta,
-            max_length=None,
-            num_train_epochs=settings.epochs,
-            per_device_train_batch_size=settings.batch_size,
-            train_sampling_strategy="group_by_length",  # less padding
-            remove_unused_columns=False,  # it would remove the lengths
-            **_arguments(model, out, steps, tuning),
+        args=models.one_device(
+            DPOConfig(
+                beta=settings.beta,
+                max_length=None,
+                num_train_epochs=settings.epochs,
+                per_device_train_batch_size=settings.batch_size,
+                train_sampling_strategy="group_by_length",  # less padding
+                remove_unused_columns=False,  # it would remove the lengths
+                **_arguments(model, out, steps, tuning),
+            )
         ),
         train_dataset=Dataset.from_list([row | {"length": sum(map(len, row.values()))} for row in rows]),
         peft_config=_lora(tuning),
@@ -205,15 +207,17 @@ def rloo(
         model=model,
         processing_class=tokenizer,
         reward_funcs=reward,
-        args=models.one_device(RLOOConfig)(
-            beta=settings.kl_coef,
-            per_device_train_batch_size=settings.prompts_per_step // parts * settings.samples,
-            gradient_accumulation_steps=parts,
-            num_generations=settings.samples,
-            max_completion_length=settings.max_new_tokens,
-            temperature=settings.temperature,
-            max_steps=steps,
-            **_arguments(model, out, steps, tuning),
+        args=models.one_device(
+            RLOOConfig(
+                beta=settings.kl_coef,
+                per_device_train_batch_size=settings.prompts_per_step // parts * settings.samples,
+                gradient_accumulation_steps=parts,
+                num_generations=settings.samples,
+                max_completion_length=settings.max_new_tokens,
+                temperature=settings.temperature,
+                max_steps=steps,
+                **_arguments(model, out, steps, tuning),
+            )
         ),
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
         peft_config=_lora(tuning),

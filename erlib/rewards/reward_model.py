@@ -232,29 +232,31 @@ def _arguments(
 ) -> "RewardConfig":
     from trl import RewardConfig
 
-    return models.one_device(RewardConfig)(
-        output_dir=str(out),
-        num_train_epochs=training.epochs,
-        per_device_train_batch_size=training.batch_size,
-        per_device_eval_batch_size=training.batch_size,
-        learning_rate=training.learning_rate,
-        warmup_steps=math.ceil(training.warmup_share * steps),
-        lr_scheduler_type="cosine",
-        bf16=dtype == torch.bfloat16,
-        gradient_checkpointing=training.gradient_checkpointing,
-        seed=training.seed,
-        use_cpu=cpu,
-        max_length=None,  # anything else drops rows silently
-        train_sampling_strategy="group_by_length",  # less padding
-        eval_strategy="steps" if validation else "no",
-        eval_on_start=bool(validation),
-        eval_steps=math.ceil(steps / 4),
-        logging_first_step=True,
-        logging_steps=max(1, steps // 20),
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
+    return models.one_device(
+        RewardConfig(
+            output_dir=str(out),
+            num_train_epochs=training.epochs,
+            per_device_train_batch_size=training.batch_size,
+            per_device_eval_batch_size=training.batch_size,
+            learning_rate=training.learning_rate,
+            warmup_steps=math.ceil(training.warmup_share * steps),
+            lr_scheduler_type="cosine",
+            bf16=dtype == torch.bfloat16,
+            gradient_checkpointing=training.gradient_checkpointing,
+            seed=training.seed,
+            use_cpu=cpu,
+            max_length=None,  # anything else drops rows silently
+            train_sampling_strategy="group_by_length",  # less padding
+            eval_strategy="steps" if validation else "no",
+            eval_on_start=bool(validation),
+            eval_steps=math.ceil(steps / 4),
+            logging_first_step=True,
+            logging_steps=max(1, steps // 20),
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
     )
 
 

@@ -402,7 +402,7 @@ def test_the_engine_serves_dspy(model, tokenizer):
 def test_a_process_trains_on_one_device_however_many_it_sees(tmp_path):
     from trl import SFTConfig
 
-    arguments = models.one_device(SFTConfig)(output_dir=str(tmp_path), use_cpu=True, bf16=False)
-    assert arguments.n_gpu == 0
+    arguments = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    assert models.one_device(arguments).n_gpu == 0
     arguments._n_gpu = 4  # as where four GPUs are visible
-    assert arguments.n_gpu == 1
+    assert models.one_device(arguments).n_gpu == 1

@@ -54,7 +54,7 @@ def test_the_weights_are_the_same_and_nothing_is_a_pickle(source, folder):
     assert require_merged(folder) == fingerprint(source)
     assert not list(folder.rglob("*.bin")) or {p.parent.name for p in folder.rglob("*.bin")} == {"openvino"}
     settings = export.read_settings(folder)
-    assert settings == (PROMPT, "compact", "</s>", 256, 24, fingerprint(folder))
+    assert settings == (PROMPT, [1], [], [2], "compact", 256, 24, fingerprint(folder))
     text = PROMPT.replace("{text}", "Ada Morn leads Brinvex Labs.")
     answers = [models.generate(*models.load(path), [text], max_new_tokens=24)[0].ids for path in (source, folder)]
     assert answers[0] == answers[1]
