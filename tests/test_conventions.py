@@ -116,6 +116,7 @@ UNSET = {
     "level, samples": "intervals are of 95 % everywhere, from resamples enough for two digits",
     "stop, form, by, column": "one form of report holds for the whole recipe",
     "device": "found by itself",
+    "chat": "a merged checkpoint keeps the choice that 03 takes from the params",
     "temperature, seed, n, limit, after, dates, expected, seconds": "set where another than the usual is meant",
     "output_tokens": "an expectation, shown before the first request; the budget rests on the worst case",
     "batch_size": "of what is done once on few rows; the result does not depend on it",
