@@ -158,7 +158,7 @@ def _update(
 ) -> dict[str, float]:
     """Train policy and value for some epochs on a batch; the means of what its mini-batches measured, and counts."""
     policy, value = (list(core.trained(name).values()) for name in ("policy", "value"))
-    tolerance = 1e-3 if core.model.dtype == torch.float32 else 0.5  # bf16 depends on the rows beside a row
+    exact = core.model.dtype == torch.float32
     measured, skipped, stopped = [], 0, False
     for _ in range(update.epochs):
         order = rng.permutation(len(batch.rows) // samples).tolist()
@@ -168,8 +168,7 @@ def _update(
             shape = {"train_policy": train_policy, "samples": samples, "update": update}
             found = _gradients(core, accelerator, batch, chosen, **shape)
             if train_policy and not measured:
-                unmoved = abs(found["max_ratio"] - 1) < tolerance and abs(found["mean_ratio"] - 1) < tolerance
-                require(unmoved, "before the first update of a step every ratio is 1")
+                require(_unmoved(found, exact=exact), "before the first update of a step every ratio is 1")
             if train_policy and found["mean_ratio"] > update.ratio_threshold:
                 skipped += 1  # the policy ran away: learn nothing from this
                 continue
@@ -189,6 +188,17 @@ def _update(
     means = {name: float(np.mean([found[name] for found in measured])) for name in (measured[0] if measured else {})}
     counts = {"mini_batches": len(measured), "skipped": skipped, "stopped_early": int(stopped)}
     return means | {"max_ratio": largest} | counts
+
+
+def _unmoved(found: dict[str, float], *, exact: bool) -> bool:
+    """Whether the ratios of a mini-batch are those of a policy that has not moved since it sampled.
+
+    In half precision a row's log-probabilities depend on the rows beside it, and single ratios of 1.6 were seen: there
+    the share of them beyond the clip range decides.
+    """
+    if exact:
+        return abs(found["max_ratio"] - 1) < 1e-3 and abs(found["mean_ratio"] - 1) < 1e-3
+    return found["clip_fraction"] <= 0.05 and abs(found["mean_ratio"] - 1) < 0.05
 
 
 # -- checkpoints: one file each, so that it is there whole or not at all ----------------------------------------------

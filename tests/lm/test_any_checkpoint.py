@@ -165,7 +165,6 @@ def test_it_goes_the_whole_way(folders, tmp_path, brief, name, dtype):
     served = {one.index: one for one in engines.extract(engine, DOCUMENTS, brief=brief)}
     if dtype == "float32":
         assert [served[n].parsed.report for n in range(len(DOCUMENTS))] == [parsed.report for parsed in written]
-        assert any(one.finished for one in served.values())
     framed = [*settings.before, *tokenizer(short_prompt("x"), add_special_tokens=False)["input_ids"], *settings.after]
     assert framed == models.encode_prompt(tokenizer, short_prompt("x"))
 

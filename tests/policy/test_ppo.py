@@ -490,3 +490,18 @@ def test_two_processes_take_the_same_step_as_one(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     debug_launcher(processes_run, (Path(sys.argv[1]),), num_processes=2)
+
+
+@pytest.mark.parametrize(
+    ("exact", "largest", "mean", "clipped", "unmoved"),
+    [
+        (True, 1.0005, 1.0001, 0.0, True),
+        (True, 1.01, 1.0001, 0.0, False),
+        (False, 1.6, 1.01, 0.01, True),  # one odd token in bfloat16
+        (False, 1.6, 1.01, 0.2, False),
+        (False, 1.6, 1.2, 0.01, False),
+    ],
+)
+def test_ratios_before_the_first_update_are_1_to_the_precision_of_the_weights(exact, largest, mean, clipped, unmoved):
+    found = {"max_ratio": largest, "mean_ratio": mean, "clip_fraction": clipped}
+    assert ppo._unmoved(found, exact=exact) == unmoved
