@@ -10,6 +10,7 @@ from erlib.task.jsonl import read_jsonl, write_jsonl
 from erlib.task.schema import Brief, Defect, Document, Exemplar, Parsed, Report
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
 
@@ -22,7 +23,7 @@ class Evaluation(NamedTuple):
 
     @property
     def headline(self) -> float:
-        """Mean of exact-match entity F1 and relationship F1: what the selector maximises."""
+        """What the selector maximises: see `objective`."""
         return objective(self.scores)
 
 
@@ -33,8 +34,14 @@ def evaluated(exemplars: Sequence[Exemplar], predicted: Sequence[Parsed], brief:
 
 
 def objective(scores: metrics.Scores) -> float:
-    """Mean of exact-match entity F1 and relationship F1."""
-    return (scores.entity_f1 + scores.relationship_f1) / 2
+    """Mean of exact-match entity F1 and relationship F1; entity F1 alone where no exemplar has a relationship."""
+    both = scores.entity_f1, scores.relationship_f1
+    return sum(both) / 2 if _has_gold(scores.relationship_counts) else both[0]
+
+
+def _has_gold(counts: "np.ndarray") -> bool:
+    """Whether the exemplars of counts (D, 3) hold any such item: true positives or misses."""
+    return bool(counts[:, [0, 2]].any())
 
 
 def score(gold: Sequence[Report], predicted: Sequence[Parsed], brief: Brief) -> metrics.Scores:
@@ -60,23 +67,26 @@ def normal_text(text: str) -> str:
 
 
 def compare(evaluations: Mapping[str, Evaluation], *, seed: int) -> "pd.DataFrame":
-    """Entity and relationship F1 of each evaluation, 95 % intervals over documents: name, measure, value, low, high."""
+    """Entity and relationship F1 of each evaluation, 95 % intervals over documents: name, measure, value, low, high.
+
+    A measure of what none of the exemplars has, such as relationships in a corpus of entities, is left out.
+    """
     import pandas as pd
 
     rows = []
     for name, evaluation in evaluations.items():
         scores = evaluation.scores
         for measure, counts in (("entity F1", scores.entity_counts), ("relationship F1", scores.relationship_counts)):
-            interval = metrics.bootstrap_f1(counts, seed=seed)
-            rows.append((name, measure, interval.value, interval.low, interval.high))
+            if _has_gold(counts):
+                rows.append((name, measure, *metrics.bootstrap_f1(counts, seed=seed)))
     return pd.DataFrame(rows, columns=["name", "measure", "value", "low", "high"])
 
 
 def failure_modes(evaluations: Mapping[str, Evaluation], *, brief: Brief, seed: int) -> "pd.DataFrame":
     """The two failure modes apart, with 95 % intervals over documents (name, measure, value, low, high).
 
-    Salient fact recall is a share of the facts of the gold summaries; missed and irrelevant items are means per
-    document.
+    Salient fact recall is a share of the facts of the gold summaries, and left out where they have none; missed and
+    irrelevant items are means per document.
     """
     import numpy as np
     import pandas as pd
@@ -86,8 +96,8 @@ def failure_modes(evaluations: Mapping[str, Evaluation], *, brief: Brief, seed: 
         documents = [exemplar.document.text for exemplar in evaluation.exemplars]
         gold = [exemplar.report for exemplar in evaluation.exemplars]
         found, total, _ = metrics.fact_recall(gold, [parsed.report for parsed in evaluation.predicted])
-        recall = metrics.bootstrap_ratio(found, total, seed=seed)
-        rows.append((name, "salient fact recall", recall.value, recall.low, recall.high))
+        if total.any():
+            rows.append((name, "salient fact recall", *metrics.bootstrap_ratio(found, total, seed=seed)))
         faults = metrics.taxonomy(documents, gold, evaluation.predicted, brief)
         for kind in ("missed", "irrelevant"):
             found = faults.loc[faults["kind"] == kind, "document"].to_numpy(dtype=int)
@@ -112,8 +122,9 @@ def differences(
             ("entity F1", a.entity_counts, b.entity_counts),
             ("relationship F1", a.relationship_counts, b.relationship_counts),
         ):
-            interval = metrics.paired_bootstrap_f1(counts_a, counts_b, seed=seed)
-            rows.append((f"{first} minus {second}", measure, *interval))
+            if _has_gold(counts_a):
+                interval = metrics.paired_bootstrap_f1(counts_a, counts_b, seed=seed)
+                rows.append((f"{first} minus {second}", measure, *interval))
     return pd.DataFrame(rows, columns=["difference", "measure", "value", "low", "high"])
 
 
@@ -184,11 +195,12 @@ def advantage(chosen: Evaluation, others: Sequence[Evaluation], *, seed: int) ->
 
     def both(sums: np.ndarray) -> np.ndarray:  # (..., 6) summed counts of entities and relationships to (...)
         tp, fp, fn = np.moveaxis(sums.reshape(*sums.shape[:-1], 2, 3), -1, 0)
-        return (2 * tp / np.maximum(1, 2 * tp + fp + fn)).mean(axis=-1)
+        return (2 * tp / np.maximum(1, 2 * tp + fp + fn))[..., :measured].mean(axis=-1)
 
     def rows(scores: metrics.Scores) -> np.ndarray:
         return np.hstack([scores.entity_counts, scores.relationship_counts])
 
+    measured = 2 if _has_gold(chosen.scores.relationship_counts) else 1
     pooled = np.sum([rows(other.scores) for other in others], axis=0)
     return metrics.paired_bootstrap(rows(chosen.scores), pooled, both, seed=seed)
 

@@ -6,6 +6,9 @@ from reading import BRIEF, GOLD, POOL, V1, V5, Reader, connect
 from erlib.reports import extraction
 from erlib.task import evaluation
 from erlib.task.forms import parse_compact, to_compact
+from erlib.task.schema import Document, Exemplar
+
+PLACE = {"name": "Gardena", "type": "place"}
 
 
 def test_comparison_gives_both_measures_and_the_two_failure_modes():
@@ -99,3 +102,20 @@ def test_differences_are_paired_and_have_the_sign_of_the_first():
 def test_the_share_of_documents_with_the_same_report_ignores_defects():
     same = evaluation.same_reports(WRITTEN, [parse_compact(text) for text in (RIGHT, "none", "none", "B|firm")])
     assert same.value == 0.75 and same.low < 0.75 < same.high
+
+
+def test_what_a_corpus_does_not_have_is_left_out_instead_of_counting_as_nought_or_one():
+    plain = [
+        Exemplar(document=Document(id=f"d{n}", text="Gardena , Compton ."), report={"entities": [PLACE]})
+        for n in (1, 2)
+    ]
+    right, wrong = parse_compact("Gardena|place"), parse_compact("Gardena|place\n>near|Compton\nCompton|place")
+    runs = {
+        "right": evaluation.evaluated(plain, [right] * 2, BRIEF),
+        "wrong": evaluation.evaluated(plain, [wrong] * 2, BRIEF),
+    }
+    assert set(evaluation.compare(runs, seed=0)["measure"]) == {"entity F1"}
+    assert "salient fact recall" not in set(evaluation.failure_modes(runs, brief=BRIEF, seed=0)["measure"])
+    assert runs["right"].headline == 1.0 and runs["wrong"].headline == pytest.approx(2 / 3)
+    assert evaluation.advantage(runs["right"], [runs["wrong"]], seed=0).value == pytest.approx(1 / 3)
+    assert len(evaluation.differences(runs, [("right", "wrong")], seed=0)) == 1
