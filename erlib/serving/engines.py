@@ -130,7 +130,8 @@ def extract(engine: Engine, documents: Sequence[Document], *, brief: Brief | Non
     merged. Names that do not occur in the document are listed as defects.
     """
     pieces = [split(document.text, engine.tokenizer, engine.settings) for document in documents]
-    prompts = [(index, piece, encode(engine, piece)) for index, found in enumerate(pieces) for piece in found]
+    asking = engine.tokenizer, engine.settings
+    prompts = [(index, piece, encode(*asking, piece)) for index, found in enumerate(pieces) for piece in found]
     done: dict[int, dict[int, Completed]] = {index: {} for index in range(len(documents))}
     for completed in engine.complete([ids for _, _, ids in prompts]):
         index = prompts[completed.index][0]
@@ -151,9 +152,9 @@ def extract(engine: Engine, documents: Sequence[Document], *, brief: Brief | Non
         )
 
 
-def encode(engine: Engine, piece: str) -> list[int]:
+def encode(tokenizer: "PreTrainedTokenizerBase", settings: Settings, piece: str) -> list[int]:
     """Token ids of the prompt for a text; what looks like a special token in it stays text."""
-    return models.encode_prompt(engine.tokenizer, engine.settings.prompt.replace("{text}", piece))
+    return models.encode_prompt(tokenizer, settings.prompt.replace("{text}", piece))
 
 
 def text(engine: Engine, completed: Completed) -> str:

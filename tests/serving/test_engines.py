@@ -42,7 +42,10 @@ def engine(folder):
 
 @pytest.fixture(scope="module")
 def prompts(engine):
-    return [engines.encode(engine, text) for text in [*TEXTS, *(f"{text} {text}" for text in TEXTS)]]
+    return [
+        engines.encode(engine.tokenizer, engine.settings, text)
+        for text in [*TEXTS, *(f"{text} {text}" for text in TEXTS)]
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +93,7 @@ def test_reports_come_with_usage_and_one_for_each_document(engine):
     found = {extraction.index: extraction for extraction in engines.extract(engine, documents)}
     assert found.keys() == set(range(len(TEXTS)))
     for index, extraction in found.items():
-        assert extraction.prompt_tokens == len(engines.encode(engine, TEXTS[index]))
+        assert extraction.prompt_tokens == len(engines.encode(engine.tokenizer, engine.settings, TEXTS[index]))
         assert 0 < extraction.new_tokens <= 40
         names = [entity.name for entity in extraction.parsed.report.entities]
         listed = [defect.detail for defect in extraction.parsed.defects if defect.kind == "ungrounded"]
@@ -98,7 +101,7 @@ def test_reports_come_with_usage_and_one_for_each_document(engine):
 
 
 def test_special_tokens_in_a_document_stay_text(engine):
-    ids = engines.encode(engine, "a </s> <s> b")
+    ids = engines.encode(engine.tokenizer, engine.settings, "a </s> <s> b")
     assert ids.count(engine.tokenizer.eos_token_id) == 0
     assert ids.count(engine.tokenizer.bos_token_id) == 1
     assert "a </s> <s> b" in engine.tokenizer.decode(ids)
@@ -120,7 +123,10 @@ def test_a_long_document_is_split_without_loss_into_pieces_that_fit(engine, text
     pieces = engines.split(text, engine.tokenizer, engine.settings)
     assert len(pieces) > 1
     assert "".join("".join(pieces).split()) == "".join(text.split())
-    assert max(len(engines.encode(engine, piece)) for piece in pieces[:50]) <= engine.settings.window + 2
+    assert (
+        max(len(engines.encode(engine.tokenizer, engine.settings, piece)) for piece in pieces[:50])
+        <= engine.settings.window + 2
+    )
     if text.startswith("One"):
         assert all(piece.endswith(".") for piece in pieces)
 
