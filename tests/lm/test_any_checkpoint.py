@@ -15,7 +15,7 @@ from erlib.policy import ppo
 from erlib.policy.multiadapter import RewardModel
 from erlib.rewards import reward_model
 from erlib.serving import engines, export
-from erlib.task.forms import short_prompt
+from erlib.task.forms import short_prompt, to_compact
 from erlib.task.schema import Brief
 
 
@@ -204,3 +204,37 @@ def test_it_goes_the_whole_way(folders, tmp_path, brief, name, dtype):
     packed, its_tokenizer = models.load(tmp_path / "nf4")
     assert packed.is_loaded_in_4bit
     assert len(models.generate(packed, its_tokenizer, prompts, max_new_tokens=8)) == len(prompts)
+
+
+@pytest.mark.slow
+def test_dpo_and_rloo_train_a_chat_model_whose_padding_is_its_end_token(folders, tmp_path):
+    from erlib.policy import alternatives
+
+    tokenizer = models.load_tokenizer(folders["qwen3"])
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    prompts = [short_prompt(document.text) for document in DOCUMENTS[:4]]
+    rows = []
+    for prompt, a, b in zip(prompts, REPORTS, REPORTS[1:], strict=False):
+        ids = [models.encode_completion(tokenizer, to_compact(report)) for report in (a, b)]
+        rows.append(
+            {"prompt_ids": models.encode_prompt(tokenizer, prompt), "chosen_ids": ids[0], "rejected_ids": ids[1]}
+        )
+    tuning = alternatives.Tuning(learning_rate=1e-3, lora_rank=4, points=1)
+    learnt = alternatives.dpo(
+        models.load(folders["qwen3"])[0], tokenizer, rows,
+        out=tmp_path / "dpo", settings=alternatives.DPO(batch_size=2), tuning=tuning,
+    )  # fmt: skip
+    assert learnt.log["loss"].iloc[0] == pytest.approx(0.693, abs=0.01) and learnt.adapters
+
+    seen = []
+
+    def score(asked, completions):
+        seen.extend(zip(asked, map(tuple, completions), strict=True))
+        return np.array([float(len(ids)) for ids in completions])
+
+    settings = alternatives.RLOO(max_new_tokens=8, prompts_per_step=2, samples=2, temperature=1.5)
+    ran = alternatives.rloo(
+        models.load(folders["qwen3"])[0], tokenizer, prompts, score,
+        out=tmp_path / "rloo", settings=settings, tuning=tuning,
+    )  # fmt: skip
+    assert ran.tokens == sum(len(ids) for _, ids in seen) and {prompt for prompt, _ in seen} == set(prompts)
