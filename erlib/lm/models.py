@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 EMBEDDED = Path(__file__).parents[1] / "world" / "base_model"
 BLANK_LINE = "\n\n"
 DAY = "{%- macro strftime_now(_) -%}26 Jul 2024{%- endmacro -%}"  # of chat templates that would write today's
-LOOK = 8  # tokens between two looks at which rows ended, on a GPU: every look waits for it
+LOOK = {"cpu": 1}  # tokens between two looks at which rows ended; elsewhere 8, for each look waits for the device
 ROOM = 256  # tokens that a cache can grow by before it is copied
 ALONE = 64  # prompts that are not worth a second process: a fork copies what both of them touch
 Prompt = str | list[int]
@@ -399,7 +399,7 @@ def _decode(
     logprobs: list[list[float]] = [[] for _ in batch]
     finished = [False] * len(batch)
     ended, stopped = set(ends(tokenizer)), _stopper(tokenizer, stop)
-    every = 1 if logits.device.type == "cpu" else LOOK
+    every = LOOK.get(logits.device.type, 8)
     unread: list[tuple[torch.Tensor, torch.Tensor]] = []  # tokens of a step and their log-probabilities, (rows,) each
     rows = list(range(len(batch)))  # the row of the batch that each line of the cache belongs to
     for step in range(max_new_tokens):
