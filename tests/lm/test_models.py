@@ -412,7 +412,7 @@ def test_a_process_trains_on_one_device_however_many_it_sees(tmp_path):
 def test_looking_seldom_at_which_rows_ended_changes_nothing(model, tokenizer, monkeypatch, temperature):
     asking = {"max_new_tokens": 24, "temperature": temperature, "seed": 5, "batch_size": 4, "stop": ("|",)}
     wanted = models.generate(model, tokenizer, TEXTS * 3, **asking)
-    assert len({completion.n_new_tokens for completion in wanted}) > 2  # rows end at different times
+    assert temperature == 0 or len({completion.n_new_tokens for completion in wanted}) > 2  # rows end here and there
     for every in (3, 24, 100):
         monkeypatch.setattr(models, "LOOK", {"cpu": every})
         found = models.generate(model, tokenizer, TEXTS * 3, **asking)
