@@ -69,7 +69,7 @@ def normal_text(text: str) -> str:
 def compare(evaluations: Mapping[str, Evaluation], *, seed: int) -> "pd.DataFrame":
     """Entity and relationship F1 of each evaluation, 95 % intervals over documents: name, measure, value, low, high.
 
-    A measure of what none of the exemplars has, such as relationships in a corpus of entities, is left out.
+    Relationships are left out where no exemplar has one, as in a corpus of entities.
     """
     import pandas as pd
 
@@ -77,7 +77,7 @@ def compare(evaluations: Mapping[str, Evaluation], *, seed: int) -> "pd.DataFram
     for name, evaluation in evaluations.items():
         scores = evaluation.scores
         for measure, counts in (("entity F1", scores.entity_counts), ("relationship F1", scores.relationship_counts)):
-            if _has_gold(counts):
+            if measure == "entity F1" or _has_gold(counts):
                 rows.append((name, measure, *metrics.bootstrap_f1(counts, seed=seed)))
     return pd.DataFrame(rows, columns=["name", "measure", "value", "low", "high"])
 
@@ -122,7 +122,7 @@ def differences(
             ("entity F1", a.entity_counts, b.entity_counts),
             ("relationship F1", a.relationship_counts, b.relationship_counts),
         ):
-            if _has_gold(counts_a):
+            if measure == "entity F1" or _has_gold(counts_a):
                 interval = metrics.paired_bootstrap_f1(counts_a, counts_b, seed=seed)
                 rows.append((f"{first} minus {second}", measure, *interval))
     return pd.DataFrame(rows, columns=["difference", "measure", "value", "low", "high"])

@@ -119,3 +119,6 @@ def test_what_a_corpus_does_not_have_is_left_out_instead_of_counting_as_nought_o
     assert runs["right"].headline == 1.0 and runs["wrong"].headline == pytest.approx(2 / 3)
     assert evaluation.advantage(runs["right"], [runs["wrong"]], seed=0).value == pytest.approx(1 / 3)
     assert len(evaluation.differences(runs, [("right", "wrong")], seed=0)) == 1
+    nothing = [Exemplar(document=Document(id="d", text="Good morning ."), report={"entities": []})]
+    empty = {"right": evaluation.evaluated(nothing, [parse_compact("none")], BRIEF)}
+    assert list(evaluation.compare(empty, seed=0)["value"]) == [1.0]  # nothing to find, nothing found
