@@ -79,6 +79,7 @@ def wait_for(path, lines, process):
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_killed_and_interrupted_it_goes_on_without_loss_or_repetition(documents, model):
     reports, rejects = documents.with_name("reports.jsonl"), documents.with_name("reports.rejects.jsonl")
     process = start(documents, model)

@@ -173,6 +173,7 @@ def test_vllm_is_named_only_where_it_can_run(folder):
     assert engines.fastest(folder) == ("openvino" if there else "transformers")
 
 
+@pytest.mark.slow
 def test_ways_are_measured_in_turns_and_give_the_answers_of_generate(folder, engine, prompts, expected):
     shared = bulk.Work("transformers", workers=2, batch_size=4)
     measured = speed.measure_ways(
