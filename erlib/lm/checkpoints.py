@@ -73,13 +73,18 @@ def merge_adapter(
     """
     import torch
     from peft import PeftModel
+    from transformers import GenerationConfig
 
     model, tokenizer = load(base, dtype="float32", device="cpu", allow_download=allow_download, chat=chat)
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"{base} is quantised: an adapter is merged into the full-precision base only")
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
     ended = [*ends(tokenizer)]  # whoever loads the checkpoint ends an answer where training did
-    merged.generation_config.eos_token_id = ended if len(ended) > 1 else ended[0]
+    merged.generation_config = GenerationConfig(  # afresh: what a base has there may be refused when it is saved
+        eos_token_id=ended if len(ended) > 1 else ended[0],
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     out.mkdir(parents=True, exist_ok=True)
     merged.to(getattr(torch, dtype)).save_pretrained(out)
     tokenizer.save_pretrained(out)

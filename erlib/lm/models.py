@@ -112,7 +112,8 @@ def load_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not allow_download)
         known = _configured_ends(name, allow_download=allow_download)
     tokenizer.padding_side, tokenizer.split_special_tokens = "left", True
-    tokenizer.chat_template = tokenizer.chat_template if chat else None
+    template = tokenizer.chat_template if chat else None
+    tokenizer.chat_template = template.get("default") if isinstance(template, dict) else template  # several by name
     found = [_turn_end(tokenizer), tokenizer.eos_token_id, *known]
     tokenizer.end_ids = tuple(dict.fromkeys(end for end in found if end is not None))
     if not tokenizer.end_ids:
