@@ -111,7 +111,11 @@ def next_logits(model: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
     """
     from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-    given = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])
+    class Given(BaseModelOutputWithPastAndCrossAttentions):
+        def __getattr__(self, _: str) -> None:
+            """Images, router logits and the like, which some models hand on: there are none."""
+
+    given = Given(last_hidden_state=states[None])
     backbone = model.base_model
     own = vars(backbone).get("forward")  # where something has wrapped it
     backbone.forward = lambda *_, **__: given

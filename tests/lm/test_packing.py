@@ -54,6 +54,7 @@ KINDS = {
     "gemma3_text, a window of 3": {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
     "granite": {"logits_scaling": 4.0},
     "cohere": {"logit_scale": 0.3},
+    "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 2},  # reads more than the states of its backbone
 }
 
 
