@@ -275,14 +275,16 @@ class Labels(NamedTuple):
     left_out: dict[str, int]
 
 
-def read_labels(path: str | Path, documents: Sequence[Document], *, id_column: str = "id") -> Labels:
+def read_labels(
+    path: str | Path, documents: Sequence[Document], *, text_column: str = "text", id_column: str = "id"
+) -> Labels:
     """Read the labels of documents from the JSONL that they came from: `entities`, and `relationships` or `relations`.
 
     An entity has `name` and `type`, and `summary` where there is one; a relationship `source`, `type` and `target`.
     What a report cannot hold is left out and counted: a name that comes again, one that does not occur in the text, a
     relationship without one of its ends. Raises ValueError, with file and line, for a document without labels.
     """
-    if Path(path).suffix not in (".jsonl", ".ndjson"):
+    if Path(path).suffix.lower() not in (".jsonl", ".ndjson"):
         raise ValueError(f"{path}: labels are read from JSONL: each row with text, entities and relationships")
     by_id = {document.id: document for document in documents}
     found: dict[str, Exemplar] = {}
@@ -290,9 +292,13 @@ def read_labels(path: str | Path, documents: Sequence[Document], *, id_column: s
     for row in rows(Path(path)):
         if row.fields is None:
             continue
-        document = by_id.get(_identifier(row.fields.get(id_column), row.number, id_column))
-        if document is None or document.id in found:
+        try:
+            document = by_id.get(_identifier(row.fields.get(id_column), row.number, id_column))
+        except BadRow:
             continue  # among the rejects, with its reason
+        text = row.fields.get(text_column)
+        if document is None or document.id in found or not isinstance(text, str) or clean(text) != document.text:
+            continue  # so is this one
         entities, links = _labels(row, f"{path}:{row.number}")
         parsed = collect(entities, links, [], brief=None, document=document.text)
         absent = {defect.detail for defect in parsed.defects if defect.kind == "ungrounded"}
@@ -309,7 +315,7 @@ def read_labels(path: str | Path, documents: Sequence[Document], *, id_column: s
 def _labels(row: Row, place: str) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
     """Entities (name, type, summary) and relationships (source, type, target) of a labelled row, cleaned."""
     fields = dict(row.fields or {})
-    links = fields.get("relationships", fields.get("relations", []))
+    links = fields.get("relationships") or fields.get("relations") or []
     if not isinstance(fields.get("entities"), list) or not isinstance(links, list):
         raise ValueError(
             f"{place}: no list 'entities': the simulated frontier needs documents with labels, rows such as "

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from erlib.lm import models
-from erlib.lm.packing import Packed, Rollout, causal_lm, last_states, next_logits, pack, take
+from erlib.lm.packing import AT_ONCE, Packed, Rollout, causal_lm, last_states, next_logits, pack, take
 from erlib.policy import alternatives
 from erlib.task import metrics
 
@@ -165,15 +165,22 @@ def sampled_kl(
             some = order[start : start + batch_size]
             layout = {"pad": tokenizer.pad_token_id, "dtype": policy.dtype, "config": policy.config}
             packed = pack([rows[index] for index in some], **layout).to(policy.device)
-            own, other = (_distributions(model, packed) for model in (policy, reference))
-            nats = (own.exp() * (own - other)).sum(dim=-1)
+            nats = _nats(policy, reference, packed)
             by_token = torch.zeros_like(packed.mask, dtype=nats.dtype).masked_scatter(packed.mask.bool(), nats)
             found[some] = by_token.sum(dim=1).cpu().numpy()
     return found
 
 
-def _distributions(model: "PreTrainedModel", packed: Packed) -> torch.Tensor:
-    """Log-probabilities (tokens, V) of all that could have stood at each completion token, float64."""
-    inner = causal_lm(model)
-    states = take(last_states(inner, packed), packed.before[packed.mask.bool()])
-    return torch.log_softmax(next_logits(inner, states).double(), dim=-1)
+def _nats(policy: "PreTrainedModel", reference: "PreTrainedModel", packed: Packed) -> torch.Tensor:
+    """KL of the two whole distributions at each completion token (tokens,), float64, some tokens at a time."""
+    two = [causal_lm(model) for model in (policy, reference)]
+    places = packed.before[packed.mask.bool()]
+    states = [take(last_states(inner, packed), places) for inner in two]
+    size = max(1, AT_ONCE // (4 * two[0].config.get_text_config().vocab_size))  # numbers of twice the size, twice
+    found = []
+    for part in zip(*(each.split(size) for each in states), strict=True):
+        own, other = (
+            torch.log_softmax(next_logits(inner, some).double(), dim=-1) for inner, some in zip(two, part, strict=True)
+        )
+        found.append((own.exp() * (own - other)).sum(dim=-1))
+    return torch.cat(found)

@@ -80,7 +80,8 @@ class Frontier:
     def add(self, samples: Iterable[Sample]) -> None:
         """Let the frontier read more documents of the embedded world."""
         for sample in samples:
-            self._truths[enclosed(corpus.clean(sample.document.text))] = sample.truth
+            # Of documents with one text the first stays, as phase 02 keeps the first.
+            self._truths.setdefault(enclosed(corpus.clean(sample.document.text)), sample.truth)
 
     def complete(self, request: "Request") -> "Response":
         """Answer one request; the last user message must hold `Document:`, the text and `Report:`."""

@@ -152,3 +152,17 @@ def test_a_brief_may_want_no_relationships():
         brief=found,
     )[0]
     assert Panel([sample], found).utility(sample.document.text, "none")["entities"] < 0
+
+
+def test_labels_of_rejected_rows_are_not_taken(tmp_path):
+    rows = [
+        {**ROWS[0], "id": 1.5},
+        {**ROWS[0], "text": ""},
+        {"id": "row0", "text": None},
+        ROWS[0] | {"relations": None},
+    ]
+    path = tmp_path / "documents.JSONL"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    documents = files.read_documents(path, rejects=tmp_path / "rejects.jsonl", max_reject_share=1.0)
+    labels = files.read_labels(path, documents)
+    assert labels.left_out == {} and len(labels.exemplars["row0"].report.entities) == 4
