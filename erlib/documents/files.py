@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from erlib.documents.corpus import clean
 from erlib.documents.delimited import csv_rows, missing_column
-from erlib.task.forms import collect, quote
+from erlib.task.forms import collect
 from erlib.task.jsonl import BadRow, Row, encoding_of, read_jsonl, rows
 from erlib.task.schema import Brief, Document, Exemplar, Report
 
@@ -301,8 +301,7 @@ def read_labels(
             continue  # so is this one
         entities, links = _labels(row, f"{path}:{row.number}")
         parsed = collect(entities, links, [], brief=None, document=document.text)
-        absent = {defect.detail for defect in parsed.defects if defect.kind == "ungrounded"}
-        kept = [entity for entity in parsed.report.entities if quote(entity.name) not in absent]
+        kept = [entity for entity in parsed.report.entities if entity.name in document.text]
         names = {entity.name for entity in kept}
         between = [link for link in parsed.report.relationships if {link.source, link.target} <= names]
         left_out.update(defect.kind for defect in parsed.defects)

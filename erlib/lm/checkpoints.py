@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from erlib.lm.models import EMBEDDED, ends, load
+from erlib.lm.models import EMBEDDED, ends, load, saved_dtype
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,14 +62,14 @@ def merge_adapter(
     adapter: Path,
     out: Path,
     *,
-    dtype: str = "float32",
+    dtype: str = "auto",
     allow_download: bool = False,
     chat: bool = True,
 ) -> str:
     """Add a LoRA adapter to its base at full precision (fp32), save the sum in `dtype` with the tokenizer in `out`.
 
-    Gives the fingerprint. `out/merge.json`, written last, records where the weights come from; `require_merged` checks
-    it.
+    By default that is the type of the base on disk. Gives the fingerprint. `out/merge.json`, written last, records
+    where the weights come from; `require_merged` checks it.
     """
     import torch
     from peft import PeftModel
@@ -79,6 +79,8 @@ def merge_adapter(
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"{base} is quantised: an adapter is merged into the full-precision base only")
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    if dtype == "auto":
+        dtype = saved_dtype(EMBEDDED if base == "embedded" else base, allow_download=allow_download)
     ended = [*ends(tokenizer)]  # whoever loads the checkpoint ends an answer where training did
     merged.generation_config = GenerationConfig(  # afresh: what a base has there may be refused when it is saved
         eos_token_id=ended if len(ended) > 1 else ended[0],

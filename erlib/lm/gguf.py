@@ -5,6 +5,7 @@ The package `gguf` is needed: `pip install -c constraints.txt -e '.[gguf]'`.
 
 import shutil
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,14 @@ def _fields(path: Path) -> dict[str, Any]:
         raise ModuleNotFoundError(
             f"{path} needs the package gguf: pip install -c constraints.txt -e '.[gguf]'"
         ) from None
+    return _contents(GGUFReader, path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _contents(reader: type, path: Path, _: int) -> dict[str, Any]:
+    """What the fields of a file hold; kept, for reading its tokens takes seconds, and model and tokenizer need them."""
     try:
-        fields = GGUFReader(path).fields
+        fields = reader(path).fields
     except (ValueError, IndexError, KeyError) as error:  # cut off, or something else
         raise ValueError(f"{path} is no whole GGUF file: {error}; fetch it again") from None
     return {name: field.contents() for name, field in fields.items()}

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from erlib.lm import parallel
-from erlib.lm.packing import Rollout, causal_lm, last_states, pack, token_logprobs
+from erlib.lm.packing import Rollout, causal_lm, last_states, pack_for, token_logprobs
 from erlib.task.forms import flatten, short_prompt
 from erlib.task.schema import Document
 
@@ -71,13 +71,13 @@ def load(
     `quantise` wrote needs no such word: it comes back as it was written. Raises FileNotFoundError for a hub name that
     is not in the local cache, unless `allow_download`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     name = str(EMBEDDED if name_or_path == "embedded" else name_or_path)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     tokenizer = load_tokenizer(name, allow_download=allow_download, chat=chat)
     if quantisation and dtype == "auto":
-        dtype = str(AutoConfig.from_pretrained(name, local_files_only=not allow_download).dtype).removeprefix("torch.")
+        dtype = saved_dtype(name, allow_download=allow_download)
     number = dtype if dtype == "auto" else getattr(torch, dtype)
     if name.endswith(".gguf"):
         from erlib.lm import gguf
@@ -89,6 +89,15 @@ def load(
             name, local_files_only=not allow_download, dtype=number, use_safetensors=True, **packed
         )
     return model.to(device).eval(), tokenizer
+
+
+def saved_dtype(folder: str | Path, *, allow_download: bool = False) -> str:
+    """The type that the weights of a folder or a hub name were saved in, such as "bfloat16"; GGUF's are unpacked."""
+    from transformers import AutoConfig
+
+    if str(folder).endswith(".gguf"):
+        return "float32"
+    return str(AutoConfig.from_pretrained(folder, local_files_only=not allow_download).dtype).removeprefix("torch.")
 
 
 def load_tokenizer(
@@ -553,10 +562,7 @@ def completion_logprobs(
     inner = causal_lm(model)
 
     def read(some: list[int]) -> list[list[float]]:
-        packed = pack(
-            [rows[index] for index in some], pad=tokenizer.pad_token_id, dtype=inner.dtype, config=inner.config
-        )
-        packed = packed.to(model.device)
+        packed = pack_for(inner, [rows[index] for index in some], pad=tokenizer.pad_token_id)
         found, _ = token_logprobs(inner, packed, last_states(inner, packed), temperature=temperature)
         return [found[line, : len(rows[index].ids)].tolist() for line, index in enumerate(some)]
 

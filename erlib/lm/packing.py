@@ -2,14 +2,14 @@
 
 import itertools
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.utils.checkpoint
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 AT_ONCE = 2**26  # logits: at a vocabulary of 152,000, 440 tokens; more would take gigabytes for a batch of reports
 
@@ -77,6 +77,11 @@ def pack(rows: Sequence[Rollout], *, pad: int, dtype: torch.dtype, config: "Pret
     return Packed(inputs, actions, mask, before, at)
 
 
+def pack_for(model: "PreTrainedModel", rows: Sequence[Rollout], *, pad: int) -> Packed:
+    """Lay rollouts out for a model, where it lies."""
+    return pack(rows, pad=pad, dtype=model.dtype, config=model.config).to(model.device)
+
+
 def _biases(seen: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype, config: "PretrainedConfig") -> Any:
     """What is added to attention logits (B, 1, L, L), or that by kind of layer where a model has several."""
 
@@ -109,13 +114,7 @@ def next_logits(model: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
     The model's own code makes them, given the states in place of its backbone: some models do more than apply the LM
     head, such as soft caps in Gemma 2 and 3 and scales in Granite and Cohere.
     """
-    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-
-    class Given(BaseModelOutputWithPastAndCrossAttentions):
-        def __getattr__(self, _: str) -> None:
-            """Images, router logits and the like, which some models hand on: there are none."""
-
-    given = Given(last_hidden_state=states[None])
+    given = _given()(last_hidden_state=states[None])
     backbone = model.base_model
     own = vars(backbone).get("forward")  # where something has wrapped it
     backbone.forward = lambda *_, **__: given
@@ -125,6 +124,18 @@ def next_logits(model: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
         del backbone.forward
         if own is not None:
             backbone.forward = own
+
+
+@cache
+def _given() -> type:
+    """The class of a backbone's output; made once, for torch keeps every such class for ever."""
+    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+    class Given(BaseModelOutputWithPastAndCrossAttentions):
+        def __getattr__(self, _: str) -> None:
+            """Images, router logits and the like, which some models hand on: there are none."""
+
+    return Given
 
 
 def take(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from erlib.lm import models
-from erlib.lm.packing import AT_ONCE, Packed, Rollout, causal_lm, last_states, next_logits, pack, take
+from erlib.lm.packing import AT_ONCE, Packed, Rollout, causal_lm, last_states, next_logits, pack_for, take
 from erlib.policy import alternatives
 from erlib.task import metrics
 
@@ -163,8 +163,7 @@ def sampled_kl(
     with models.evaluating(policy), models.evaluating(reference):
         for start in range(0, len(order), batch_size):
             some = order[start : start + batch_size]
-            layout = {"pad": tokenizer.pad_token_id, "dtype": policy.dtype, "config": policy.config}
-            packed = pack([rows[index] for index in some], **layout).to(policy.device)
+            packed = pack_for(policy, [rows[index] for index in some], pad=tokenizer.pad_token_id)
             nats = _nats(policy, reference, packed)
             by_token = torch.zeros_like(packed.mask, dtype=nats.dtype).masked_scatter(packed.mask.bool(), nats)
             found[some] = by_token.sum(dim=1).cpu().numpy()

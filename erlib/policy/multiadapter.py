@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from erlib.lm import models
-from erlib.lm.packing import Packed, Rollout, last_states, pack, take, token_logprobs
+from erlib.lm.packing import Packed, Rollout, last_states, pack_for, take, token_logprobs
 from erlib.rewards.reward_model import HEAD, combine
 from erlib.task.schema import ASPECTS
 
@@ -141,7 +141,7 @@ class MultiAdapter:
 
     def pack(self, rows: Sequence[Rollout]) -> Packed:
         """Rollouts laid out for a forward pass; neighbours of one prompt share its encoding."""
-        return pack(rows, pad=self.pad, dtype=self.model.dtype, config=self.model.config).to(self.device)
+        return pack_for(self.model, rows, pad=self.pad)
 
     def _states(self, packed: Packed) -> torch.Tensor:
         return last_states(self.model.get_base_model(), packed)

@@ -24,7 +24,7 @@ def split(exemplars: Sequence[Exemplar], *, sizes: Mapping[str, int] = SPLITS, s
             raise ValueError(
                 f"gold file: {len(others)} exemplars name no part, and open are: {', '.join(left) or 'none'}"
             )
-        texts = {normal_text(exemplar.document.text): exemplar.split for exemplar in placed}
+        texts = {normal_text(exemplar.document.text) for exemplar in placed}
         if twice := [e.document.id for e in others if normal_text(e.document.text) in texts]:
             raise ValueError(f"gold file: {twice[0]!r} repeats the text of an exemplar of a part that the file names")
         return [*(split(others, sizes=left, seed=seed) if left else []), *placed]

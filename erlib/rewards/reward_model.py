@@ -38,7 +38,7 @@ import torch
 from erlib.chain.manifest import write_text
 from erlib.lm import models, parallel
 from erlib.lm.checkpoints import require_merged, save_adapter, training_table
-from erlib.lm.packing import Packed, Rollout, causal_lm, last_states, pack, take, token_logprobs
+from erlib.lm.packing import Packed, Rollout, causal_lm, last_states, pack, pack_for, take, token_logprobs
 from erlib.task import metrics
 from erlib.task.schema import ASPECTS
 
@@ -361,9 +361,8 @@ def aspect_scores(
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
     def read(some: list[int]) -> np.ndarray:
-        layout = {"pad": tokenizer.pad_token_id, "dtype": model.dtype, "config": model.config}
-        packed = pack([rows[index] for index in some], **layout)
-        return token_scores(model, packed.to(model.device)).sum(dim=1).double().cpu().numpy()
+        packed = pack_for(model, [rows[index] for index in some], pad=tokenizer.pad_token_id)
+        return token_scores(model, packed).sum(dim=1).double().cpu().numpy()
 
     with models.evaluating(model):
         found = parallel.each(read, batches, device=model.device)

@@ -51,7 +51,6 @@ def export(folder: Path, out: Path, *, prompt: str, window: int, max_new_tokens:
     context = AutoConfig.from_pretrained(folder).max_position_embeddings
     if window + max_new_tokens > context:
         raise ValueError(f"window={window} and max_new_tokens={max_new_tokens} exceed the context of {context} tokens")
-    number = str(AutoConfig.from_pretrained(folder).dtype).removeprefix("torch.")
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -69,7 +68,7 @@ def export(folder: Path, out: Path, *, prompt: str, window: int, max_new_tokens:
         pad_token_id=tokenizer.pad_token_id,
     ).save_pretrained(temporary)
     write_text(temporary / RECORD, json.dumps(settings._asdict(), ensure_ascii=False, indent=1) + "\n")
-    write_text(temporary / NF4, json.dumps(models.nf4(number).to_dict(), indent=1) + "\n")
+    write_text(temporary / NF4, json.dumps(models.nf4(models.saved_dtype(folder)).to_dict(), indent=1) + "\n")
     write_text(temporary / CARD, card)
     if importlib.util.find_spec("openvino"):
         from erlib.serving import openvino_ir

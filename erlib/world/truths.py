@@ -13,7 +13,7 @@ from typing import Any
 from zlib import crc32
 
 from erlib.chain import manifest
-from erlib.task.jsonl import read_jsonl, write_jsonl
+from erlib.task.jsonl import read_jsonl
 from erlib.task.schema import Brief, Exemplar
 from erlib.world.posts import Fact, Link, Mention, Truth
 from erlib.world.stream import Sample, World
@@ -26,11 +26,6 @@ FAR = 60  # characters between two ends, from which a relationship counts as imp
 def known(corpus_params: Mapping[str, Any]) -> bool:
     """Whether the truth of the documents that phase 02 read, with these parameters, is known."""
     return corpus_params.get("frontier") in FRONTIERS
-
-
-def write(path: Path, labelled: Iterable[Exemplar]) -> None:
-    """Write what is true of labelled documents, into `FILE` in the folder of phase 02."""
-    write_jsonl(path, labelled)
 
 
 def find(corpus_dir: str | Path, ids: Iterable[str], *, brief: Brief) -> list[Sample]:

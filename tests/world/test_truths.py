@@ -7,6 +7,7 @@ import pytest
 from erlib.documents import files
 from erlib.reports.prompts import as_sent, templates
 from erlib.task.answers import parse_json
+from erlib.task.jsonl import write_jsonl
 from erlib.task.schema import Brief, Document
 from erlib.world import truths
 from erlib.world.frontier import Frontier
@@ -129,7 +130,7 @@ def test_truths_are_found_where_phase_02_left_them_else_in_the_embedded_world(co
     with open("params/brief.yml", encoding="utf-8"):
         own = files.read_brief("params/brief.yml")
     assert truths.find(folder, ["stream-000004"], brief=own) == World(seed=3, brief=own).find(["stream-000004"])
-    truths.write(folder / truths.FILE, labelled(corpus, tmp_path).exemplars.values())
+    write_jsonl(folder / truths.FILE, labelled(corpus, tmp_path).exemplars.values())
     found = truths.find(folder, ["row2", "row1"], brief=brief)
     assert [sample.document.id for sample in found] == ["row2", "row1"]
     with pytest.raises(LookupError, match="labels.jsonl has no labels of 'stream-000004'"):
